@@ -1,0 +1,48 @@
+# Everything a fresh machine needs; each target installs what it uses into ./.venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+IMAGE ?=
+QUESTION ?=
+
+.PHONY: demo test test-all lint format figures train-demo clean
+
+# CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/python examples/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(QUESTION),--question "$(QUESTION)")
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# the slow tier too: clean environments, all 200 mixed batches
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# the figures in the README: 500 fresh pages
+figures: $(VENV)/.core
+	$(BIN)/python -m modeling_qzoom.evaluation.demo_figures hub_release/checkpoints/qzoom-demo
+
+# from nothing to hub_release/checkpoints/qzoom-demo
+train-demo: $(VENV)/.core
+	OMP_NUM_THREADS=1 $(BIN)/python hub_release/train_demo.py
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""Q-Zoom for Hugging Face transformers: vision-language models that zoom only when and where the question needs it."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_qzoom import QZoomConfig
+from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
+from .processing_qzoom import QZoomProcessor
+from .reports_qzoom import ZoomReport
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QZoomConfig",
+    "QZoomForConditionalGeneration",
+    "QZoomOutput",
+    "QZoomProcessor",
+    "ZoomReport",
+]
+
+AutoConfig.register("qzoom", QZoomConfig, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(QZoomConfig, QZoomForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(QZoomConfig, QZoomProcessor, exist_ok=True)
+
+# saved checkpoints carry the code and name it in auto_map
+QZoomConfig.register_for_auto_class()
+QZoomForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+QZoomProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,206 @@
+"""Per row of a batch: does the coarse view suffice, and if not, which region of which image is cropped?"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backbones_qzoom import VisualFeatures, spec_for_config
+from .crops_qzoom import CropError, crop_region, crop_token_grid
+from .fusion_qzoom import ImageSpan
+from .layers_qzoom import DeepStack, causal_mask
+from .regions_qzoom import Box, box_to_pixels, foreground_box, region_heatmap
+from .reports_qzoom import ZoomReport
+from .requests_qzoom import ZoomRequest, crop_recipe
+
+
+@dataclass
+class CoarseView:
+    """A batch of prompts after decoder layer K.
+
+    Attributes:
+        input_ids, valid: (B, N); `valid` is 0 on padding.
+        positions: (3, B, N) or (B, N).
+        position_embeddings: cos and sin, each (B, N, head_dim).
+        mask: the causal mask of the pass.
+        embeds: (B, N, D) inputs of layer 0.
+        deepstack: what the first layers added to them.
+        hidden: (B, N, D) inputs of layer K.
+        images: the encoded images.
+    """
+
+    input_ids: Tensor
+    valid: Tensor
+    positions: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    mask: object
+    embeds: Tensor
+    deepstack: DeepStack | None
+    hidden: Tensor
+    images: VisualFeatures | None
+
+
+@dataclass
+class Crop:
+    """A region to look at: image `span` of row `row`, box in cells and the crop's pixel values.
+
+    `pixel_values` and `grid` are as `crop_region` returns them, `token_grid` is (height, width) in tokens.
+    """
+
+    row: int
+    span: ImageSpan
+    cells: Box
+    pixel_values: Tensor
+    grid: tuple[int, int, int] | None
+    token_grid: tuple[int, int]
+
+
+def branch_inputs(decoder, view: CoarseView, rows: list[int]) -> tuple[Tensor, object, tuple[Tensor, Tensor]]:
+    """Hidden states, mask and rotary embeddings of some rows, for a branch."""
+    if rows == list(range(len(view.hidden))):
+        return view.hidden, view.mask, view.position_embeddings
+    index = torch.tensor(rows, device=view.hidden.device)
+    hidden = view.hidden[index]
+    mask = causal_mask(decoder, hidden, view.valid[index.to(view.valid.device)], None)
+    return hidden, mask, tuple(part[index.to(part.device)] for part in view.position_embeddings)
+
+
+def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
+    """(rows, 1) column of the last prompt token; prompts are padded on the left."""
+    return torch.full((len(rows), 1), view.hidden.shape[1] - 1, device=view.hidden.device)
+
+
+def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
+    """(rows, 1) column of the first prompt token."""
+    return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
+
+
+def gate_logits(model, view: CoarseView, rows: list[int], query_columns: Tensor | None = None) -> Tensor:
+    """(rows,) logits of the gate.
+
+    Args:
+        query_columns: (rows, 1); the last prompt token by default.
+    """
+    hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    queries = last_columns(view, rows) if query_columns is None else query_columns
+    return model.zoom.gate(hidden, mask, position_embeddings, queries)
+
+
+@dataclass
+class RegionMaps:
+    """Region logits of one row: per image (queries, h, w), and those of the first token's query (h, w)."""
+
+    logits: list[Tensor]
+    first_token_logits: list[Tensor]
+
+
+def region_maps(
+    model, view: CoarseView, rows: list[int], spans: list[list[ImageSpan]], query_columns: Tensor | None = None
+) -> list[RegionMaps]:
+    """Region logits of every image of some rows.
+
+    Args:
+        rows: rows with at least one image.
+        spans: the batch's images by row.
+        query_columns: (rows, Q) columns of the asking tokens; the last prompt token by default.
+    """
+    columns = [torch.cat([torch.arange(span.start, span.end) for span in spans[row]]) for row in rows]
+    longest = max(len(row) for row in columns)
+    keys = torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in columns])
+    queries = last_columns(view, rows) if query_columns is None else query_columns.to(view.hidden.device)
+    queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
+    hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    logits, first_head = model.zoom.region(
+        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device)
+    )  # each (rows, 1 + Q, V)
+    maps = []
+    for index, row in enumerate(rows):
+        sizes = [span.grid[0] * span.grid[1] for span in spans[row]]
+        by_image = logits[index, 1:, : sum(sizes)].split(sizes, dim=1)
+        first = first_head[index, 0, : sum(sizes)].split(sizes)
+        maps.append(
+            RegionMaps(
+                [part.unflatten(1, span.grid) for part, span in zip(by_image, spans[row])],
+                [part.unflatten(0, span.grid) for part, span in zip(first, spans[row])],
+            )
+        )
+    return maps
+
+
+def _visual_tokens(config, input_ids: Tensor) -> tuple[list[int], list[bool]]:
+    """Per row: number of visual tokens, and whether some belong to a video."""
+    images = (input_ids == config.image_token_id).sum(1)
+    videos = (input_ids == config.video_token_id).sum(1) if config.video_token_id is not None else 0 * images
+    return (images + videos).tolist(), (videos > 0).tolist()
+
+
+def plain_reports(config, input_ids: Tensor, reason: str) -> list[ZoomReport]:
+    """Reports of rows that nobody considers zooming: `reason`, or what else rules them out."""
+    has_images = (input_ids == config.image_token_id).any(1).tolist()
+    reports = []
+    for tokens, has_video, has_image in zip(*_visual_tokens(config, input_ids), has_images):
+        row_reason = "video" if has_video else reason if has_image else "no_image"
+        reports.append(ZoomReport(reason=row_reason, coarse_tokens=tokens))
+    return reports
+
+
+def decide(
+    model, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
+) -> tuple[list[ZoomReport], list[Crop]]:
+    """Steps 2 and 4 to 5: gate, region, crop.
+
+    Args:
+        query_columns: (B, 1) column of each row's last prompt token; the last column by default.
+
+    Returns:
+        One report per row, and the crops of the rows that zoom.
+    """
+    options = request.options
+    reports = plain_reports(model.config, view.input_ids, "forced" if options.zoom == "always" else "gate_open")
+    rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
+    if rows and options.zoom == "auto" and model.zoom.gate is not None:
+        queries = None if query_columns is None else query_columns[rows]
+        for row, probability in zip(rows, gate_logits(model, view, rows, queries).sigmoid().tolist()):
+            reports[row].gate_probability = probability
+            if probability < options.gate_threshold:
+                reports[row].reason = "gate_closed"
+        rows = [row for row in rows if reports[row].reason == "gate_open"]
+    if not rows:
+        return reports, []
+    crops = []
+    queries = None if query_columns is None else query_columns[rows]
+    for row, maps in zip(rows, region_maps(model, view, rows, request.spans, queries)):
+        crop = _crop_row(model, request, row, maps, reports[row], view.embeds.device)
+        if crop is not None:
+            crops.append(crop)
+    return reports, crops
+
+
+def _crop_row(model, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device) -> Crop | None:
+    """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
+    spec, options = spec_for_config(model.config.vlm_config), request.options
+    heatmaps = [
+        region_heatmap(logits[0], first, spec.artifact_rule)
+        for logits, first in zip(maps.logits, maps.first_token_logits)
+    ]
+    image = max(range(len(heatmaps)), key=lambda index: float(heatmaps[index].max()))
+    span = request.spans[row][image]
+    source, grid_box = request.sources[span.index], request.grid_boxes[span.index]
+    report.image_index, report.grid_box = image, grid_box
+    report.region_logits, report.heatmap = maps.logits[image][0].float().cpu(), heatmaps[image].cpu()
+    cells = foreground_box(heatmaps[image], options.region_threshold, options.region_threshold_mode)
+    if cells is None:
+        report.reason = "empty_map"
+        return None
+    box = box_to_pixels(cells, span.grid, tuple(source.shape[1:]), spec.min_box_side, grid_box)
+    report.box = box
+    recipe = crop_recipe(model.config, options, spec)
+    try:
+        pixel_values, grid = crop_region(source.to(device), box, recipe)
+    except CropError:
+        report.reason = "crop_failed"
+        return None
+    report.zoomed = True
+    token_grid = crop_token_grid(grid, recipe)
+    report.crop_tokens = token_grid[0] * token_grid[1]
+    return Crop(row, span, cells, pixel_values, grid, token_grid)

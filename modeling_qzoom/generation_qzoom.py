@@ -1,0 +1,228 @@
+"""The zooming prefill: coarse pass to layer K, decision per row, fused second pass, one cache for decoding.
+
+`generate` of transformers calls `_prefill` once; everything before and after it (sampling, beams, streamers, stopping,
+lengths) is untouched, because only mask, positions and cache grow by the crop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .backbones_qzoom import as_visual_features, prompt_positions, spec_for_config
+from .decisions_qzoom import CoarseView, decide
+from .fused_pass_qzoom import fused_prefill
+from .fusion_qzoom import length_mask, pad_left, stack_positions
+from .layers_qzoom import (
+    causal_mask,
+    embed_prompt,
+    is_dynamic,
+    layer_states,
+    rotary,
+    run_layers,
+    set_layer_states,
+)
+from .requests_qzoom import ZoomRequest
+
+
+REQUEST = "zoom_request"
+
+
+@dataclass
+class PrefillPart:
+    """Some rows after all decoder layers.
+
+    Attributes:
+        rows: their indices in the batch.
+        last_hidden: (b, D) state of the last token, before the final norm.
+        cache: keys and values of all layers.
+        positions: (3, b, n) or (b, n) float32.
+        mask: (b, n) long.
+    """
+
+    rows: list[int]
+    last_hidden: Tensor
+    cache: DynamicCache
+    positions: Tensor
+    mask: Tensor
+
+
+def select_rows(tensor: Tensor | None, rows: Sequence[int], dim: int = 0) -> Tensor | None:
+    """`tensor` at `rows` along `dim`; itself when the rows are all of them."""
+    if tensor is None or list(rows) == list(range(tensor.shape[dim])):
+        return tensor
+    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+
+
+def _batch_dim(positions: Tensor) -> int:
+    return 1 if positions.ndim == 3 else 0
+
+
+class QZoomGenerationMixin(GenerationMixin):
+    """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # the VLM's own method leaves rope_deltas on the module, which a second thread would read
+        is_ids = inputs_tensor.ndim == 2 and not inputs_tensor.is_floating_point()
+        cache = model_kwargs.get("past_key_values")
+        if not is_ids or (cache is not None and cache.get_seq_length() > 0):
+            return self.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(inputs_tensor) if mask is None else mask
+        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        vision = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
+        return prompt_positions(self.vlm, spec_for_config(self.config.vlm_config), inputs_tensor, mask, **vision)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        request: ZoomRequest | None = model_kwargs.get(REQUEST)
+        if request is not None:
+            request.expand_size = expand_size
+            # the zooming prefill runs distinct rows; expansion below repeats the encoder's lists in place
+            encoded = model_kwargs.get("mm_encoder_outputs") or {}
+            request.encoder_outputs = {
+                kind: as_visual_features(output) for kind, output in encoded.items() if output is not None
+            }
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        self.vlm._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != REQUEST})
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+        kwargs.pop(REQUEST, None)
+        return self.vlm.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        request: ZoomRequest | None = model_kwargs.get(REQUEST)
+        if request is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        self._check_cache(cache)
+        repeat = request.expand_size
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        batch_dim = _batch_dim(positions)
+        distinct = range(0, len(input_ids), repeat)
+        outputs, merged = self._zoom_prefill(
+            request,
+            select_rows(input_ids, distinct),
+            select_rows(mask, distinct),
+            select_rows(positions, distinct, batch_dim),
+            cache,
+        )
+        if repeat > 1:
+            outputs.past_key_values.batch_repeat_interleave(repeat)
+            outputs.logits = outputs.logits.repeat_interleave(repeat, dim=0)
+        if merged is not None:
+            fused_mask, fused_positions = merged
+            model_kwargs["attention_mask"] = fused_mask.repeat_interleave(repeat, dim=0)
+            model_kwargs["position_ids"] = fused_positions.repeat_interleave(repeat, dim=batch_dim)
+            model_kwargs.pop("mm_token_type_ids", None)
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        return outputs
+
+    @staticmethod
+    def _check_cache(cache: Cache | None) -> None:
+        if cache is None or not is_dynamic(cache):
+            kind = "no cache" if cache is None else type(cache).__name__
+            raise ValueError(
+                f"zooming needs a plain DynamicCache, because the crop's length is known only after the coarse pass; "
+                f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
+                "zoom='never'."
+            )
+
+    def _zoom_prefill(
+        self,
+        request: ZoomRequest,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        cache: DynamicCache,
+    ) -> tuple[CausalLMOutputWithPast, tuple[Tensor, Tensor] | None]:
+        """Steps 1 to 7 on distinct rows.
+
+        Args:
+            input_ids, attention_mask: (B, N); no mask when nothing is padded.
+            positions: (3 or 4, B, N) or (B, N).
+            cache: empty; filled.
+
+        Returns:
+            The outputs, and mask (B, M) and positions (…, B, M) for decoding if any row zoomed.
+        """
+        vlm, decoder = self.vlm, self.vlm.get_decoder()
+        encoded = request.encoder_outputs
+        embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
+        positions = positions[-3:] if positions.ndim == 3 else positions
+        position_embeddings = rotary(decoder, embeds, positions.to(embeds.device))
+        mask = causal_mask(decoder, embeds, attention_mask, cache)
+        layer_k, last_layer = self.config.branch_layer, len(decoder.layers)
+        passing = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}
+        hidden = run_layers(decoder, embeds, 0, layer_k, mask=mask, **passing)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        view = CoarseView(
+            input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, hidden, encoded.get("image")
+        )
+        request.reports, crops = decide(self, request, view)
+        if not crops:
+            hidden = run_layers(decoder, hidden, layer_k, last_layer, mask=mask, **passing)
+            return self._logits(hidden[:, -1], cache), None
+
+        zoomed = [crop.row for crop in crops]
+        skipped = [row for row in range(len(input_ids)) if row not in zoomed]
+        parts = [PrefillPart(zoomed, *fused_prefill(self, request, view, crops, cache))]
+        if skipped:
+            parts.append(self._resume(view, skipped, cache))
+        return self._merge(parts, cache)
+
+    def _resume(self, view: CoarseView, rows: list[int], cache: DynamicCache) -> PrefillPart:
+        """Layers [K, L) for the rows that keep the coarse view, without the padding that only longer rows needed."""
+        decoder, layer_k = self.vlm.get_decoder(), self.config.branch_layer
+        valid = select_rows(view.valid, rows)
+        length = int(valid.sum(1).max())
+        valid = valid[:, -length:]
+        part_cache = DynamicCache(config=decoder.config)
+        for layer in range(layer_k):
+            keys, values = (select_rows(states, rows)[:, :, -length:] for states in layer_states(cache, layer))
+            set_layer_states(part_cache, layer, keys, values)
+        hidden = select_rows(view.hidden, rows)[:, -length:]
+        positions = select_rows(view.positions, rows, _batch_dim(view.positions))[..., -length:]
+        hidden = run_layers(
+            decoder,
+            hidden,
+            layer_k,
+            len(decoder.layers),
+            mask=causal_mask(decoder, hidden, valid, None),
+            position_embeddings=tuple(select_rows(part, rows)[:, -length:] for part in view.position_embeddings),
+            cache=part_cache,
+            deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
+        )
+        return PrefillPart(rows, hidden[:, -1], part_cache, positions.float(), valid)
+
+    def _merge(
+        self, parts: list[PrefillPart], cache: DynamicCache
+    ) -> tuple[CausalLMOutputWithPast, tuple[Tensor, Tensor]]:
+        """All rows in one left-padded batch, in their original order."""
+        order = [(part, index) for part in parts for index in range(len(part.rows))]
+        order.sort(key=lambda item: item[0].rows[item[1]])
+        length = max(part.mask.shape[1] for part in parts)
+        for layer in range(len(self.vlm.get_decoder().layers)):
+            states = [layer_states(part.cache, layer) for part in parts]
+            if len(parts) == 1:
+                set_layer_states(cache, layer, *states[0])
+                continue
+            by_part = {id(part): pair for part, pair in zip(parts, states)}
+            keys, values = (
+                pad_left([by_part[id(part)][kind][index] for part, index in order], length, dim=1) for kind in (0, 1)
+            )
+            set_layer_states(cache, layer, keys, values)
+        last_hidden = torch.stack([part.last_hidden[index] for part, index in order])
+        mask = length_mask([int(part.mask[index].sum()) for part, index in order], length, last_hidden.device)
+        positions = stack_positions([part.positions[..., index, :] for part, index in order], length)
+        return self._logits(last_hidden, cache), (mask, positions.contiguous())
+
+    def _logits(self, last_hidden: Tensor, cache: DynamicCache) -> CausalLMOutputWithPast:
+        """(B, D) states of the last tokens → (B, 1, vocabulary) logits."""
+        normed = self.vlm.get_decoder().norm(last_hidden[:, None])
+        return CausalLMOutputWithPast(logits=self.get_output_embeddings()(normed), past_key_values=cache)

@@ -1,0 +1,300 @@
+"""Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .backbones_qzoom import count_images, image_grids, prompt_positions, spec_for_config
+from .branches_qzoom import ZoomBranches
+from .configuration_qzoom import QZoomConfig
+from .decisions_qzoom import plain_reports
+from .fusion_qzoom import image_spans
+from .generation_qzoom import REQUEST, QZoomGenerationMixin
+from .layers_qzoom import check_decoder
+from .loading_qzoom import QZoomLoadingMixin
+from .options_qzoom import resolve_options
+from .refusals_qzoom import check_padding, refuse_unsupported
+from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
+from .supervision_qzoom import branch_pass, fused_language_pass
+
+
+@dataclass
+class QZoomOutput(ModelOutput):
+    """What `forward` returns.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): language loss, or region loss + gate loss.
+        logits (`torch.FloatTensor`, *optional*): (B, n, vocabulary); None in a branch pass.
+        past_key_values (`Cache`, *optional*): the cache, if one was used.
+        hidden_states (`tuple`, *optional*): as the VLM returns them.
+        attentions (`tuple`, *optional*): as the VLM returns them.
+        region_loss (`torch.FloatTensor`, *optional*): BCE over labelled cells.
+        gate_loss (`torch.FloatTensor`, *optional*): BCE over labelled rows.
+        region_logits (`list[list[torch.FloatTensor]]`, *optional*): per row and image, (Q, h, w) float32.
+        gate_logits (`torch.FloatTensor`, *optional*): (B,) float32; NaN in rows without an image.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    region_loss: torch.FloatTensor | None = None
+    gate_loss: torch.FloatTensor | None = None
+    region_logits: list | None = None
+    gate_logits: torch.FloatTensor | None = None
+
+
+class QZoomPreTrainedModel(PreTrainedModel):
+    """Class-wide declarations; everything about layers comes from the wrapped VLM."""
+
+    config_class = QZoomConfig
+    base_model_prefix = "vlm"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    # fp16 keeps these in float32; every 4- and 8-bit recipe leaves them out
+    _keep_in_fp32_modules = ["zoom.gate.head", "zoom.region.scorer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+
+class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
+    """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
+
+    def __init__(self, config: QZoomConfig):
+        super().__init__(config)
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        decoder = self.vlm.get_decoder()
+        check_decoder(decoder)
+        self.zoom = ZoomBranches(config, decoder, spec_for_config(config.vlm_config))
+        self.post_init()
+
+    # `base_model_prefix` drives loading; generate and trainers want the headless model
+    @property
+    def base_model(self):
+        return self.vlm.base_model
+
+    def get_input_embeddings(self):
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.vlm.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.vlm.get_decoder()
+
+    def get_image_features(self, *args, **kwargs):
+        return self.vlm.get_image_features(*args, **kwargs)
+
+    def _supports_logits_to_keep(self):
+        return self.vlm._supports_logits_to_keep()
+
+    def _supports_mm_encoder_outputs(self):
+        return self.vlm._supports_mm_encoder_outputs()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        region_targets=None,
+        gate_targets: torch.Tensor | None = None,
+        query_positions: torch.LongTensor | None = None,
+        source_images=None,
+        source_boxes=None,
+        zoom_boxes=None,
+        **kwargs,
+    ) -> QZoomOutput:
+        """One pass: plain, over a branch, or over the fused sequence.
+
+        - Without the arguments below it is the VLM's own forward, bit for bit.
+        - With `region_targets` or `gate_targets` the branches run on the coarse view and the layers above K do not.
+        - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
+          inserted positions are -100; the box carries no gradient.
+
+        Args:
+            input_ids, attention_mask: (B, N); padded on either side in training passes.
+            labels: (B, N) next-token targets, -100 ignored.
+            region_targets: per row None or (Q, h, w) in {1, 0, -100} for its only image, or a list with one such
+                tensor per image; a stacked (B, Q, h, w) tensor will do.
+                A map of another size than the image's token grid is compared with the resized logits. (h, w) stands for (1, h, w).
+            gate_targets: (B,) in {1, 0, -100}; 1: the coarse view is not enough.
+            query_positions: (B, Q) columns of the asking tokens; by default each row's last prompt token. -1 leaves a
+                query of a shorter row out. The gate reads the first of them.
+            source_images: the images in their own resolution, as `QZoomProcessor` returns them.
+            source_boxes: (images, 4) rectangles of source pixels under the token grids, where the processor returns
+                them.
+            zoom_boxes: per row a box (x0, y0, x1, y1) in source pixels, a pair (image in the row, box), or None for a
+                plain row. Left out, the region branch proposes the boxes.
+
+        Raises:
+            ValueError: targets together with labels, or inputs that do not fit each other.
+        """
+        vision = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        vision = {name: value for name, value in vision.items() if value is not None}
+        if region_targets is not None or gate_targets is not None:
+            if labels is not None:
+                raise ValueError(
+                    "labels and branch targets belong to different training stages; pass either labels, or "
+                    "region_targets and gate_targets."
+                )
+            result = branch_pass(
+                self, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions, **kwargs
+            )
+            return QZoomOutput(**result)
+        if labels is not None and (source_images is not None or zoom_boxes is not None):
+            loss, logits = fused_language_pass(
+                self, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
+            )
+            return QZoomOutput(loss=loss, logits=logits)
+        if position_ids is None and input_ids is not None and past_key_values is None:
+            spec = spec_for_config(self.config.vlm_config)
+            if spec.mrope:
+                # the VLM would leave its position offset on the module
+                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
+                grids = {name: vision[name] for name in names if name in vision}
+                position_ids = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
+        outputs = self.vlm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **vision,
+            **kwargs,
+        )
+        return QZoomOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        source_images=None,
+        source_boxes=None,
+        zoom: str | None = None,
+        effort: str | None = None,
+        gate_threshold: float | None = None,
+        region_threshold: float | None = None,
+        region_threshold_mode: str | None = None,
+        crop_min_tokens: int | None = None,
+        crop_max_tokens: int | None = None,
+        position_alignment: str | None = None,
+        return_zoom_reports: bool | None = None,
+        **kwargs,
+    ):
+        """`generate` of transformers, with a prefill that zooms where the question needs it.
+
+        Every option left out is taken from `generation_config`, then from the model's config.
+
+        Args:
+            inputs, generation_config, *args, **kwargs: as for any model of transformers.
+            source_images: the images in their own resolution, one per image of the prompts in order of appearance
+                (flat, or one list per row): PIL images or uint8 tensors (3, H, W). `QZoomProcessor` returns them.
+            source_boxes: (images, 4) rectangles (x0, y0, x1, y1) of source pixels under the token grids, for backbones
+                whose processor pads or crops. `QZoomProcessor` returns them.
+            zoom: `"auto"` (rows whose gate opens), `"always"` or `"never"` (the plain VLM, bit for bit).
+            effort: name of one of the checkpoint's presets; explicit options win over it.
+            gate_threshold: gate probability from which on a row zooms; 0 always, above 1 never.
+            region_threshold: heat-map value above which a cell belongs to the region.
+            region_threshold_mode: `"absolute"`, or `"peak"`: relative to the map's largest value.
+            crop_min_tokens, crop_max_tokens: budget of the crop in merged visual tokens.
+            position_alignment: `"continuous"` or `"sequential"` positions of the crop's tokens.
+            return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+
+        Returns:
+            (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
+
+        Raises:
+            ValueError: options out of range; image tokens without `source_images`; right-padded rows; or a decoding
+                feature that cannot go with zooming (`zoom="never"` always can).
+        """
+        given = {
+            "zoom": zoom,
+            "effort": effort,
+            "gate_threshold": gate_threshold,
+            "region_threshold": region_threshold,
+            "region_threshold_mode": region_threshold_mode,
+            "crop_min_tokens": crop_min_tokens,
+            "crop_max_tokens": crop_max_tokens,
+            "position_alignment": position_alignment,
+        }
+        spec = spec_for_config(self.config.vlm_config)
+        defaults = generation_config if generation_config is not None else self.generation_config
+        options = resolve_options(given, defaults, self.config, mrope=spec.mrope)
+        if return_zoom_reports is None:
+            return_zoom_reports = getattr(defaults, "return_zoom_reports", None)
+        if return_zoom_reports:
+            if kwargs.get("return_dict_in_generate") is False:
+                raise ValueError(
+                    "return_zoom_reports=True needs a dict output, but return_dict_in_generate=False was passed "
+                    "(pipelines do so); call model.generate directly to get reports."
+                )
+            kwargs["return_dict_in_generate"] = True
+
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        check_padding(kwargs.get("attention_mask"))
+        has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
+        request = None
+        if has_images and options.zoom != "never":
+            refuse_unsupported(args, defaults, kwargs)
+            grid = kwargs.get("image_grid_thw")
+            count = count_images(self.config, input_ids, grid)
+            spans = image_spans(
+                input_ids, self.config.image_token_id, image_grids(self.config.vlm_config, grid, count)
+            )
+            crop_recipe(self.config, options, spec)  # refuses an impossible budget before anything runs
+            request = ZoomRequest(
+                options, spans, collect_sources(source_images, spans), collect_grid_boxes(source_boxes, count)
+            )
+            kwargs[REQUEST] = request
+        outputs = super().generate(inputs, generation_config, *args, **kwargs)
+        if return_zoom_reports:
+            ids = input_ids if input_ids is not None else outputs.sequences[:, :0]
+            reports = request.reports if request is not None else plain_reports(self.config, ids, "off")
+            outputs["zoom_reports"] = reports
+        return outputs

@@ -1,0 +1,87 @@
+"""Decoding features that cannot go with zooming: each refused with its own reason and the way out."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+_PLAIN = "Pass zoom='never' to use it on the plain model."
+
+
+def check_padding(attention_mask: Tensor | None) -> None:
+    """Raises:
+    ValueError: a row is padded on the right.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    wrong = (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"rows {wrong} are padded on the right; generation continues at the right end, so pad on the left "
+            "(QZoomProcessor does; for another tokenizer set padding_side='left')."
+        )
+
+
+def refuse_unsupported(args: tuple, generation_config, kwargs: dict[str, Any]) -> None:
+    """Checks a call that may zoom.
+
+    Args:
+        args: positional arguments of `generate` after the generation config.
+        generation_config: the one in force.
+        kwargs: keyword arguments of `generate`.
+
+    Raises:
+        ValueError: names the feature, the reason and the way out.
+    """
+
+    def setting(name: str) -> Any:
+        value = kwargs.get(name)
+        return value if value is not None else getattr(generation_config, name, None)
+
+    # order of generate's own parameters after generation_config
+    positional = dict(
+        zip(
+            (
+                "logits_processor",
+                "stopping_criteria",
+                "prefix_allowed_tokens_fn",
+                "synced_gpus",
+                "assistant_model",
+                "streamer",
+                "negative_prompt_ids",
+                "negative_prompt_attention_mask",
+                "custom_generate",
+            ),
+            args,
+        )
+    )
+    named = {**positional, **kwargs}
+    if named.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
+        raise ValueError(
+            "assisted and prompt-lookup decoding feed the whole prompt again, without the crop that the cache holds. "
+            + _PLAIN
+        )
+    if named.get("custom_generate") is not None:
+        raise ValueError("custom_generate replaces the decoding loop and with it the prefill that zooms. " + _PLAIN)
+    if named.get("synced_gpus"):
+        raise ValueError(
+            "synced_gpus=True needs every process to run the same layers, but each row decides for itself whether it "
+            "zooms. " + _PLAIN
+        )
+    if setting("prefill_chunk_size") is not None:
+        raise ValueError("chunked prefill cannot stop between layers, where the gate decides. " + _PLAIN)
+    if setting("cache_implementation") == "paged":
+        raise ValueError("paged generation replaces generate by its own scheduler. " + _PLAIN)
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds hide where the images are; pass input_ids and pixel_values. " + _PLAIN)
+    past = kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError(
+            "past_key_values of an earlier turn cannot be continued with images in the prompt: where the crop goes is "
+            "decided anew for every question. Pass the whole conversation without a cache. " + _PLAIN
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if setting(name):
+            raise ValueError(
+                f"{name}=True is not available while zooming: the layers see two different sequences. " + _PLAIN
+            )

@@ -1,0 +1,162 @@
+"""One call's zoom request: checked inputs that travel through `generate` as a single object."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backbones_qzoom import token_geometry
+from .crops_qzoom import CropRecipe
+from .fusion_qzoom import ImageSpan
+from .options_qzoom import ZoomOptions
+from .reports_qzoom import ZoomReport
+
+
+_WAY_OUT = "Process images and text with QZoomProcessor, which adds source_images, or pass zoom='never'."
+
+
+@dataclass
+class ZoomRequest:
+    """Everything that the zooming prefill needs besides the VLM's own inputs.
+
+    Attributes:
+        options: the resolved options.
+        spans: per row, where its images are.
+        sources: (3, H, W) uint8 source of every image, in order of appearance.
+        grid_boxes: per image, the rectangle of source pixels under its grid; None for the whole image.
+        expand_size: how often `generate` repeats each row (beams, return sequences).
+        encoder_outputs: encoded images and videos of the distinct rows.
+        reports: filled by the prefill, one per distinct row.
+    """
+
+    options: ZoomOptions
+    spans: list[list[ImageSpan]]
+    sources: list[Tensor]
+    grid_boxes: list[tuple[float, ...] | None]
+    expand_size: int = 1
+    encoder_outputs: dict[str, Any] = field(default_factory=dict)
+    reports: list[ZoomReport] = field(default_factory=list)
+
+
+def as_source(image, place: str) -> Tensor:
+    """A PIL image or uint8 tensor as (3, H, W) uint8.
+
+    Raises:
+        ValueError: anything else; the message names the image's place.
+    """
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+            raise ValueError(
+                f"source_images: {place} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 "
+                "(3, H, W), as QZoomProcessor makes it, or a PIL image."
+            )
+        return image
+    if hasattr(image, "convert"):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    raise ValueError(f"source_images: {place} is a {type(image).__name__}; expected a PIL image or a uint8 tensor.")
+
+
+def _place(index: int, expected: list[int]) -> tuple[int, int]:
+    """(row, image in the row) of a flat image index."""
+    for row, count in enumerate(expected):
+        if index < count:
+            return row, index
+        index -= count
+    raise IndexError(index)
+
+
+def _is_nested(images: Sequence) -> bool:
+    return len(images) > 0 and all(image is None or isinstance(image, (list, tuple)) for image in images)
+
+
+def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]:
+    """Flattens and checks the source images of a batch.
+
+    Args:
+        source_images: flat, or one list per row; PIL images or uint8 (3, H, W) tensors. A (n, 3, H, W) tensor counts
+            as a flat list.
+
+    Raises:
+        ValueError: no sources, a wrong count (naming row and image), or an image of the wrong kind.
+    """
+    expected = [len(row) for row in spans]
+    if source_images is None:
+        row = next(index for index, count in enumerate(expected) if count)
+        raise ValueError(f"row {row} holds image tokens but source_images is missing. {_WAY_OUT}")
+    images = list(source_images) if isinstance(source_images, (list, tuple, Tensor)) else [source_images]
+    if _is_nested(images):
+        if len(images) != len(expected):
+            raise ValueError(f"source_images has {len(images)} rows, the batch {len(expected)}.")
+        for row, (given, count) in enumerate(zip(images, expected)):
+            if len(given or []) != count:
+                raise ValueError(
+                    f"source_images: row {row} has {len(given or [])} images, its prompt has {count}. {_WAY_OUT}"
+                )
+        images = [image for row in images for image in row or []]
+    if len(images) < sum(expected):
+        row, image = _place(len(images), expected)
+        raise ValueError(
+            f"source_images has {len(images)} images, the prompts have {sum(expected)}; the first one missing is row "
+            f"{row}, image {image}. {_WAY_OUT}"
+        )
+    if len(images) > sum(expected):
+        raise ValueError(
+            f"source_images has {len(images)} images, the prompts have only {sum(expected)}; image {sum(expected)} "
+            f"has no place in row {len(expected) - 1}. {_WAY_OUT}"
+        )
+    return [as_source(image, f"image {index}") for index, image in enumerate(images)]
+
+
+def collect_grid_boxes(source_boxes, count: int) -> list[tuple[float, ...] | None]:
+    """Per image, the rectangle (x0, y0, x1, y1) of source pixels under its token grid.
+
+    Args:
+        source_boxes: (count, 4), flat or nested by row, or None where grids cover whole images.
+    """
+    if source_boxes is None:
+        return [None] * count
+    rows = source_boxes.tolist() if isinstance(source_boxes, Tensor) else list(source_boxes)
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    flat = [item for row in rows for item in (row if isinstance(row[0], (list, tuple)) else [row])]
+    if len(flat) != count:
+        raise ValueError(f"source_boxes has {len(flat)} rectangles, the prompts have {count} images.")
+    return [tuple(float(value) for value in box) for box in flat]
+
+
+def crop_recipe(config, options: ZoomOptions, spec) -> CropRecipe:
+    """How this model's crops are made.
+
+    Raises:
+        ValueError: the budget is unknown, or given to a family whose crops have one size.
+    """
+    geometry = token_geometry(config.vlm_config)
+    if spec.square_crop:
+        if options.crop_min_tokens is not None or options.crop_max_tokens is not None:
+            raise ValueError(
+                "crop_min_tokens and crop_max_tokens do not apply: crops of this backbone always have "
+                f"{(geometry.image_size // geometry.token_side) ** 2} tokens."
+            )
+        budget = (1, 1)
+    else:
+        high = options.crop_max_tokens or config.max_tokens
+        low = options.crop_min_tokens or config.min_tokens or 1
+        if high is None:
+            raise ValueError(
+                "the crop's budget is unknown: neither crop_max_tokens (call, generation config) nor max_tokens "
+                "(model config) is set."
+            )
+        # one side given in the call moves the other out of its way
+        budget = (min(low, high), high) if options.crop_min_tokens is None else (low, max(low, high))
+    return CropRecipe(
+        patch=geometry.patch,
+        merge=geometry.merge,
+        temporal_patch=geometry.temporal_patch,
+        min_tokens=budget[0],
+        max_tokens=budget[1],
+        square=geometry.image_size if spec.square_crop else None,
+        mean=tuple(config.image_mean),
+        std=tuple(config.image_std),
+    )

@@ -1,0 +1,257 @@
+"""Training passes behind `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backbones_qzoom import (
+    VisualFeatures,
+    as_visual_features,
+    count_images,
+    encode_images,
+    image_grids,
+    prompt_positions,
+    spec_for_config,
+)
+from .crops_qzoom import CropError, crop_region, crop_token_grid
+from .decisions_qzoom import CoarseView, Crop, decide, gate_logits, region_maps
+from .fused_pass_qzoom import encode_crops, fused_deepstack, fused_embeds, plan_rows
+from .fusion_qzoom import ImageSpan, image_spans, length_mask, pad_left, plain_row, stack_positions
+from .layers_qzoom import causal_mask, embed_prompt, rotary, run_layers
+from .options_qzoom import resolve_options
+from .regions_qzoom import pixels_to_cells
+from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
+
+
+IGNORED = -100
+
+
+def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision: dict[str, Any]) -> CoarseView:
+    """Embeds a batch of prompts; `hidden` is still the input of layer 0.
+
+    Args:
+        input_ids, attention_mask: (B, N), padded on either side.
+        vision: the VLM's visual inputs by name.
+    """
+    vlm, decoder, config = model.vlm, model.vlm.get_decoder(), model.config
+    encoded = {kind: as_visual_features(output) for kind, output in vision.get("mm_encoder_outputs", {}).items()}
+    if "pixel_values" in vision:
+        encoded["image"] = encode_images(vlm, vision["pixel_values"], vision.get("image_grid_thw"))
+    if "pixel_values_videos" in vision:
+        videos = vlm.get_video_features(vision["pixel_values_videos"], vision["video_grid_thw"], return_dict=True)
+        encoded["video"] = as_visual_features(videos)
+    embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    grids = {key: vision[key] for key in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids") if key in vision}
+    positions = prompt_positions(vlm, spec_for_config(config.vlm_config), input_ids, valid, **grids)
+    positions = positions[-3:] if positions.ndim == 3 else positions
+    position_embeddings = rotary(decoder, embeds, positions.to(embeds.device))
+    mask = causal_mask(decoder, embeds, valid, None)
+    return CoarseView(
+        input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, embeds, encoded.get("image")
+    )
+
+
+def run_to_branch(model, view: CoarseView) -> CoarseView:
+    """Decoder layers [0, K); the layers above are never run."""
+    hidden = run_layers(
+        model.vlm.get_decoder(),
+        view.embeds,
+        0,
+        model.config.branch_layer,
+        mask=view.mask,
+        position_embeddings=view.position_embeddings,
+        deepstack=view.deepstack,
+    )
+    return replace(view, hidden=hidden)
+
+
+def prompt_images(model, input_ids: Tensor, image_grid_thw: Tensor | None) -> list[list[ImageSpan]]:
+    """Where each row's images are."""
+    config = model.config.vlm_config
+    count = count_images(config, input_ids, image_grid_thw)
+    return image_spans(input_ids, config.image_token_id, image_grids(config, image_grid_thw, count))
+
+
+def _last_valid(valid: Tensor) -> Tensor:
+    """(B, 1) column of each row's last token."""
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    return (valid * columns).argmax(dim=1, keepdim=True)
+
+
+def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none."""
+    keep = targets != IGNORED
+    if not keep.any():
+        return logits.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
+
+
+def _region_targets_by_image(targets, row: int, spans: list[ImageSpan]) -> list[Tensor]:
+    """One (Q, h, w) map per image of a row."""
+    maps = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+    if len(maps) != len(spans):
+        raise ValueError(
+            f"region_targets: row {row} has {len(maps)} maps and {len(spans)} images; give a (Q, h, w) map per image."
+        )
+    return [part[None] if part.ndim == 2 else part for part in maps]
+
+
+def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tensor:
+    """BCE over the labelled cells of all rows, images and queries (paper III-C; cells labelled -100 do not count).
+
+    Args:
+        logits: per row and image, (Q, h, w).
+        targets: likewise, in {1, 0, -100}; of another grid than the logits if labels were made at another budget.
+    """
+    flat_logits, flat_targets = [], []
+    for row_logits, row_targets in zip(logits, targets):
+        for scores, labels in zip(row_logits, row_targets):
+            if scores.shape[0] != labels.shape[0]:
+                raise ValueError(
+                    f"region_targets has {labels.shape[0]} maps for an image that {scores.shape[0]} queries ask about."
+                )
+            if scores.shape[1:] != labels.shape[1:]:
+                scores = F.interpolate(scores[None], labels.shape[1:], mode="bilinear", align_corners=False)[0]
+            flat_logits.append(scores.flatten())
+            flat_targets.append(labels.to(scores.device).flatten())
+    return masked_bce(torch.cat(flat_logits), torch.cat(flat_targets))
+
+
+def branch_pass(
+    model, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions, **unused
+) -> dict[str, Any]:
+    """Losses and logits of the branches; arguments as in `forward`."""
+    view = run_to_branch(model, coarse_view(model, input_ids, attention_mask, vision))
+    if query_positions is None:
+        query_positions = _last_valid(view.valid)
+    absent = query_positions < 0
+    queries = query_positions.clamp(min=0)
+    result: dict[str, Any] = {}
+    if gate_targets is not None:
+        if model.zoom.gate is None:
+            raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+        logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
+        result["gate_logits"] = logits
+        result["gate_loss"] = masked_bce(logits, gate_targets.to(logits.device))
+    if region_targets is not None:
+        if len(region_targets) != len(input_ids):
+            raise ValueError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
+        spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+        rows = [row for row, targets in enumerate(region_targets) if targets is not None]
+        without = [row for row in rows if not spans[row]]
+        if without:
+            raise ValueError(f"region_targets: rows {without} have targets but no image.")
+        logits: list[list[Tensor]] = [[] for _ in spans]
+        targets: list[list[Tensor]] = [[] for _ in spans]
+        if rows:
+            for row, maps in zip(rows, region_maps(model, view, rows, spans, queries[rows])):
+                logits[row] = maps.logits
+                targets[row] = _region_targets_by_image(region_targets[row], row, spans[row])
+                hidden = absent[row].nonzero()[:, 0].tolist()
+                if hidden:
+                    targets[row] = [_ignore_queries(part, hidden) for part in targets[row]]
+            result["region_loss"] = region_loss(logits, targets)
+        else:
+            result["region_loss"] = view.hidden.sum() * 0.0
+        result["region_logits"] = logits
+    result["loss"] = sum(result[name] for name in ("region_loss", "gate_loss") if name in result)
+    return result
+
+
+def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
+    targets = targets.clone()
+    targets[queries] = IGNORED
+    return targets
+
+
+def _given_crops(model, request: ZoomRequest, zoom_boxes, device) -> list[Crop]:
+    """Crops of the boxes that the caller chose."""
+    spec = spec_for_config(model.config.vlm_config)
+    recipe = crop_recipe(model.config, request.options, spec)
+    if len(zoom_boxes) != len(request.spans):
+        raise ValueError(f"zoom_boxes has {len(zoom_boxes)} rows, the batch {len(request.spans)}.")
+    crops = []
+    for row, entry in enumerate(zoom_boxes):
+        if entry is None:
+            continue
+        entry = entry.tolist() if isinstance(entry, Tensor) else entry
+        image, box = entry if len(entry) == 2 else (0, entry)
+        if image >= len(request.spans[row]):
+            raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
+        span = request.spans[row][image]
+        source = request.sources[span.index]
+        box = tuple(int(value) for value in box)
+        try:
+            pixel_values, grid = crop_region(source.to(device), box, recipe)
+        except CropError as error:
+            raise ValueError(f"zoom_boxes: row {row}: {error}") from error
+        cells = pixels_to_cells(box, span.grid, tuple(source.shape[1:]), request.grid_boxes[span.index])
+        crops.append(Crop(row, span, cells, pixel_values, grid, crop_token_grid(grid, recipe)))
+    return crops
+
+
+@torch.no_grad()
+def _proposed_crops(model, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[Crop]:
+    """Crops that the region branch proposes, asked at each row's last prompt token."""
+    reached = run_to_branch(model, view)
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
+    queries = torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
+    return decide(model, request, reached, queries)[1]
+
+
+def fused_language_pass(
+    model, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """Language loss and (B, F, vocabulary) logits over fused, left-padded sequences; arguments as in `forward`."""
+    decoder = model.vlm.get_decoder()
+    view = coarse_view(model, input_ids, attention_mask, vision)
+    spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+    sources = collect_sources(source_images, spans)
+    options = resolve_options({"zoom": "always"}, None, model.config, mrope=view.positions.ndim == 3)
+    request = ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)))
+    if zoom_boxes is None:
+        crops = _proposed_crops(model, request, view, labels)
+    else:
+        crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
+
+    rows = [plain_row(row, view.valid[row], view.positions[..., row, :]) for row in range(len(input_ids))]
+    empty = view.embeds[:0, 0]  # (0, D)
+    levels = 0 if view.deepstack is None else len(view.deepstack.levels)
+    features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
+    if crops:
+        encoded = encode_crops(model.vlm, crops, view.embeds.device)
+        for slot, row in enumerate(plan_rows(model, request, view, crops)):
+            rows[row.row] = row
+            features.embeds[row.row] = encoded.embeds[slot]
+            for level in range(levels):
+                features.deepstack[level][row.row] = encoded.deepstack[level][slot]
+
+    length = max(row.length for row in rows)
+    embeds = pad_left(
+        [fused_embeds(model, view, row, part, full=True) for row, part in zip(rows, features.embeds)], length
+    )  # (B, F, D)
+    fused_labels = labels.new_full((len(rows), length), IGNORED)
+    for row in rows:
+        inserted = labels.new_full((row.block,), IGNORED)
+        own = labels[row.row]
+        fused_labels[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
+    mask = length_mask([row.length for row in rows], length, embeds.device)
+    positions = stack_positions([row.positions for row in rows], length)
+    hidden = run_layers(
+        decoder,
+        embeds,
+        0,
+        len(decoder.layers),
+        mask=causal_mask(decoder, embeds, mask, None),
+        position_embeddings=rotary(decoder, embeds, positions.to(embeds.device)),
+        deepstack=fused_deepstack(view, rows, features, length, full=True),
+    )
+    logits = model.get_output_embeddings()(decoder.norm(hidden))
+    vocabulary = model.config.get_text_config().vocab_size
+    loss = model.vlm.loss_function(logits=logits, labels=fused_labels, vocab_size=vocabulary, **kwargs)
+    return loss, logits

@@ -1,0 +1,77 @@
+"""A small explicit training loop: warm-up, plateau, linear decay, resumable checkpoints."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[float], tuple[Tensor, dict[str, float]]]
+
+
+def save_state(module: nn.Module, path: Path) -> None:
+    """Write a module's weights; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    # clones, because tied weights share memory, which the format refuses
+    save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, partial)
+    partial.rename(path)
+
+
+def load_state(module: nn.Module, path: Path) -> None:
+    """Read weights written by `save_state`."""
+    module.load_state_dict(load_file(path))
+
+
+def rate(done: float, step: int, warm: int, decay: float) -> float:
+    """Share of the peak rate at `step`, `done` of the way: warm-up, plateau, linear decay over the last `decay`."""
+    tail = 1.0 if decay == 0 else min(1.0, (1.0 - done) / decay)
+    return min(1.0, (step + 1) / warm) * max(0.03, tail)
+
+
+def fit(
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    step_loss: Step,
+    steps: int,
+    path: Path,
+    decay: float = 0.5,
+    warm: int = 50,
+) -> None:
+    """Train a module and leave its weights at `path`.
+
+    Args:
+        optimizers: Their rates at the start are the peak rates.
+        step_loss: From the share of the way done to a loss and measures in [0, 1], which are logged as running means.
+        decay: Share of the steps over which the rate falls to nearly nothing; 0 keeps it.
+    """
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    means: dict[str, float] = {}
+    began = time.monotonic()
+    for step in range(steps):
+        share = rate(step / steps, step, warm, decay)
+        for optimizer, values in zip(optimizers, peaks, strict=True):
+            for group, value in zip(optimizer.param_groups, values, strict=True):
+                group["lr"] = value * share
+        loss, measures = step_loss(step / steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in measures.items():
+            if value == value:  # a measure without a case in this batch is not a number
+                means[name] = 0.95 * means.get(name, value) + 0.05 * value
+        if step % 20 == 19:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in sorted(means.items()))
+            logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, steps, time.monotonic() - began, shown)
+        if step % 100 == 99:
+            save_state(module, path.with_name(path.stem + "-running.safetensors"))
+    save_state(module, path)

@@ -1,0 +1,67 @@
+"""Packed sequences equal what the stock model computes for each question alone."""
+
+import random
+
+import torch
+
+from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page, question_corpus
+from modeling_qzoom.training.demo_model import build_backbone, demo_config
+from modeling_qzoom.training.packing import Packer, Sample, Segment, embed
+from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
+from modeling_qzoom.training.tower import batch_inputs, encode
+from modeling_qzoom.training.views import IGNORE, cell_crop, whole_view
+
+
+def _setup():
+    tokenizer = build_tokenizer(question_corpus())
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return tokenizer, build_backbone(demo_config(384, ids)).eval()
+
+
+def test_packed_plain_questions_equal_the_stock_model() -> None:
+    tokenizer, model = _setup()
+    page = draw_page(1)
+    view = whole_view(page, 64)
+    questions = [code_question(page, 0), coarse_questions(page)[0]]
+    batch = Packer(tokenizer)([Sample(view, [Segment(question) for question in questions])])
+    with torch.no_grad():
+        tokens, _ = encode(model.model.visual, batch.views)
+        packed = model.model.language_model(
+            inputs_embeds=embed(model, batch, tokens),
+            position_ids=batch.positions,
+            attention_mask={"full_attention": batch.mask},
+            use_cache=False,
+        ).last_hidden_state
+    pixels, grid = batch_inputs([view])
+    pads = "<|image_pad|>" * (view.grid[0] * view.grid[1])
+    for number, question in enumerate(questions, start=1):
+        text = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question.text}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(text + question.answer, return_tensors="pt").input_ids
+        with torch.no_grad():
+            alone = model.model(
+                input_ids=ids,
+                pixel_values=pixels,
+                image_grid_thw=grid,
+                mm_token_type_ids=(ids == model.config.image_token_id).long(),
+            ).last_hidden_state
+        mine = packed[0][(batch.segment[0] == number) & (batch.labels[0] != IGNORE)]
+        torch.testing.assert_close(mine, alone[0, -len(mine) :], atol=1e-4, rtol=1e-4)
+
+
+def test_crop_positions_follow_the_documented_rule() -> None:
+    tokenizer, _ = _setup()
+    page = draw_page(2)
+    view = whole_view(page, 64)
+    crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(0))
+    batch = Packer(tokenizer)([Sample(view, [Segment(code_question(page, 0), crop, cells)])])
+    place = batch.positions[:, 0]
+    pads = (batch.input_ids[0] == Packer(tokenizer).pad).nonzero().flatten()
+    page_tokens = view.grid[0] * view.grid[1]
+    start = int(place[0, pads[0]])
+    end = start + max(view.grid)
+    inner = place[:, pads[page_tokens:]]
+    assert place[0, pads[page_tokens] - 1] == end + 1
+    assert (inner[0] == end + 2).all()
+    assert inner[1].min() == start + cells[1] and inner[1].max() == start + cells[3] - 1
+    assert inner[2].min() == start + cells[0] and inner[2].max() == start + cells[2] - 1
+    assert place[0, pads[-1] + 1] == end + max(crop.grid) + 2
