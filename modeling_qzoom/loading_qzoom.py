@@ -122,8 +122,8 @@ class QZoomLoadingMixin:
             branch_depth: T, decoder layers of a branch.
             has_gate: also attach a gate.
             zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics.
-            kwargs: `from_pretrained` arguments (`dtype`, `device_map`, `quantization_config`, …) for a name. The branches
-                stay in 16 bit, so that they can be trained; quantize them when they are done.
+            kwargs: `from_pretrained` arguments (`dtype`, `device_map`, `quantization_config`, …) for a name. The
+                branches stay in 16 bit, so that they can be trained; quantize them when they are done.
 
         Returns:
             A model in evaluation mode.

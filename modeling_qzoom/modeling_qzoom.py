@@ -143,7 +143,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             labels: (B, N) next-token targets, -100 ignored.
             region_targets: per row None or (Q, h, w) in {1, 0, -100} for its only image, or a list with one such
                 tensor per image; a stacked (B, Q, h, w) tensor will do.
-                A map of another size than the image's token grid is compared with the resized logits. (h, w) stands for (1, h, w).
+                A map of another size than the image's token grid is compared with the resized logits. (h, w) stands
+                for (1, h, w).
             gate_targets: (B,) in {1, 0, -100}; 1: the coarse view is not enough.
             query_positions: (B, Q) columns of the asking tokens; by default each row's last prompt token. -1 leaves a
                 query of a shorter row out. The gate reads the first of them.

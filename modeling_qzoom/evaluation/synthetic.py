@@ -1,7 +1,7 @@
 """Drawn pages with known answers: coloured shapes that carry a small three-digit code.
 
-A page has two to seven shapes, every (colour, shape) pair at most once, in a jittered 3 x 3 layout. Colours, shapes and
-their number survive a strong reduction of the page; the codes do not. Everything is a function of the seed.
+A page has two to seven shapes, every (colour, shape) pair at most once, in a jittered 3 x 3 layout. Colours, shapes
+and their number survive a strong reduction of the page; the codes do not. Everything is a function of the seed.
 """
 
 import math
@@ -104,8 +104,9 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         return [(x, y - 1.15 * r), (x + 1.1 * r, y + 0.8 * r), (x - 1.1 * r, y + 0.8 * r)]
     if shape == "cross":
         a, b = 0.42 * r, 1.05 * r
-        arms = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-        return [(x + u, y + v) for u, v in arms]
+        right = [(a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b)]
+        left = [(-u, -v) for u, v in right]
+        return [(x + u, y + v) for u, v in right + left]
     points = []
     for corner in range(10):
         reach = 1.15 * r if corner % 2 == 0 else 0.52 * r
@@ -129,7 +130,8 @@ def _draw_item(
     code = "".join(str(rng.randrange(10)) for _ in range(CODE_LENGTH))
     pitch, height = 1.3 * width, 1.3 * width
     left, top = x - pitch * CODE_LENGTH / 2, y - height / 2
-    plate = [left - 0.35 * width, top - 0.4 * width, x + pitch * CODE_LENGTH / 2 + 0.35 * width, top + height + 0.4 * width]
+    right, bottom = left + pitch * CODE_LENGTH, top + height
+    plate = [left - 0.35 * width, top - 0.4 * width, right + 0.35 * width, bottom + 0.4 * width]
     draw.rectangle(plate, fill=(rng.randint(238, 255),) * 3)
     font = ImageFont.load_default(max(4.0, width / GLYPH_ASPECT))
     ink = (rng.randint(0, 50),) * 3
@@ -140,13 +142,13 @@ def _draw_item(
     for place, digit in enumerate(code):
         centre = left + pitch * (place + 0.5)
         draw.text((centre, middle), digit, font=font, fill=ink, anchor="mm")
-        digit_boxes.append(_to_box((centre - pitch / 2, top, centre + pitch / 2, top + height)))
+        digit_boxes.append(_to_box((centre - pitch / 2, top, centre + pitch / 2, bottom)))
     return Item(
         color=color,
         shape=shape,
         code=code,
         box=_to_box((min(xs), min(ys), max(xs), max(ys))),
-        code_box=_to_box((left, top, left + pitch * CODE_LENGTH, top + height)),
+        code_box=_to_box((left, top, right, bottom)),
         digit_boxes=tuple(digit_boxes),
     )
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ..evaluation.synthetic import CODE_QUESTIONS, Box, Page, PageSettings, code_question, coarse_questions, draw_page
+from ..evaluation.synthetic import CODE_QUESTIONS, Box, Page, PageSettings, coarse_questions, code_question, draw_page
 from .branches import BranchRow
 from .demo_data import COARSE_TOKENS, LARGEST_SEED
 from .packing import Batch, Packer, Sample, Segment, embed
 from .region_labels import TriStateRule, grounding_scores, pool_map, response_maps, tri_state
 from .tower import encode
 from .views import IGNORE, cell_crop, whole_view
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def draw_samples(rng: random.Random, count: int, tokens: int) -> tuple[list[Page
 
 @torch.no_grad()
 def answer_greedily(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: Tensor) -> Tensor:
-    """Replace the answers in `batch.input_ids` by the model's own; returns the tokens (B, n) it predicts at each place.
+    """Replace the answers in `batch.input_ids` by the model's own; returns the tokens (B, n) predicted at each place.
 
     Every answer keeps its number of tokens, so all segments advance together.
     """
@@ -89,7 +90,12 @@ def _maps(
 
 
 def choose_heads(
-    model: Qwen2_5_VLForConditionalGeneration, packer: Packer, tokens: int, count: int = 3, pages: int = 40, seed: int = 11
+    model: Qwen2_5_VLForConditionalGeneration,
+    packer: Packer,
+    tokens: int,
+    count: int = 3,
+    pages: int = 40,
+    seed: int = 11,
 ) -> list[Head]:
     """The (layer, head) pairs that look at what a fine question asks about, best first."""
     drawn, samples = draw_samples(random.Random(seed), pages, tokens)

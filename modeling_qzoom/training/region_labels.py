@@ -1,7 +1,7 @@
 """Region labels from the model's own attention: where does it look while it answers?
 
-Response-to-image attention of a few grounding heads is averaged over the tokens of the answer, brought to the coarse grid
-and cut into foreground, background and "do not know".
+Response-to-image attention of a few grounding heads is averaged over the tokens of the answer, brought to the coarse
+grid and cut into foreground, background and "do not know".
 """
 
 from dataclasses import dataclass
@@ -72,9 +72,7 @@ def pool_map(attention: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def response_maps(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: Tensor
-) -> list[list[Tensor]]:
+def response_maps(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: Tensor) -> list[list[Tensor]]:
     """Attention from each segment's answer tokens to the page's image tokens, averaged over the answer.
 
     The decoder has to run with eager attention, the only one that returns its weights.
@@ -113,5 +111,7 @@ def grounding_scores(maps: list[Tensor], inside: list[Tensor]) -> Tensor:
         maps: Per question a map (layers, heads, h, w).
         inside: Per question the share (h, w) of each cell that lies inside the true box.
     """
-    shares = [(m * place).sum((-2, -1)) / m.sum((-2, -1)).clamp(min=1e-9) for m, place in zip(maps, inside, strict=True)]
-    return torch.stack(shares).mean(0)
+    found = []
+    for attention, place in zip(maps, inside, strict=True):
+        found.append((attention * place).sum((-2, -1)) / attention.sum((-2, -1)).clamp(min=1e-9))
+    return torch.stack(found).mean(0)

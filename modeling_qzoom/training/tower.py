@@ -1,4 +1,4 @@
-"""Dense pretraining of the demo's vision tower: which digit, colour, shape and code lies under each patch and token."""
+"""Dense labels for the demo's vision tower: which digit, colour, shape and code lies under each patch and token."""
 
 import torch
 from torch import nn

@@ -1,7 +1,7 @@
 """Views of drawn pages as the vision tower sees them, with dense labels known from the drawing.
 
-A view is a rectangle of a page, resized to a grid of merged tokens. "Tokens" are merged visual tokens of `TOKEN` pixels a
-side; each consists of 2 x 2 patches.
+A view is a rectangle of a page, resized to a grid of merged tokens. "Tokens" are merged visual tokens of `TOKEN`
+pixels a side; each consists of 2 x 2 patches.
 """
 
 import math
@@ -173,7 +173,9 @@ def item_view(page: Page, index: int, tokens: int, rng: random.Random, digits: t
     return make_view(page, (left, top, left + side_w, top + side_h), (h, w))
 
 
-def cell_crop(page: Page, index: int, coarse: tuple[int, int], max_tokens: int, rng: random.Random) -> tuple[View, Box]:
+def cell_crop(
+    page: Page, index: int, coarse: tuple[int, int], max_tokens: int, rng: random.Random
+) -> tuple[View, Box]:
     """A crop as inference makes it: a rectangle of coarse cells around one item's code, under a token budget.
 
     Args:

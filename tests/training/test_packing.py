@@ -35,8 +35,8 @@ def test_packed_plain_questions_equal_the_stock_model() -> None:
     pixels, grid = batch_inputs([view])
     pads = "<|image_pad|>" * (view.grid[0] * view.grid[1])
     for number, question in enumerate(questions, start=1):
-        text = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question.text}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer(text + question.answer, return_tensors="pt").input_ids
+        text = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question.text}<|im_end|>\n"
+        ids = tokenizer(text + f"<|im_start|>assistant\n{question.answer}", return_tensors="pt").input_ids
         with torch.no_grad():
             alone = model.model(
                 input_ids=ids,
