@@ -4,9 +4,13 @@ Stages leave their weights in the work folder and are skipped when these exist, 
 """
 
 import argparse
+import json
 import logging
+import random
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -15,12 +19,29 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from modeling_qzoom import QZoomForConditionalGeneration  # noqa: E402
 from modeling_qzoom.evaluation.synthetic import question_corpus  # noqa: E402
+from modeling_qzoom.training.branches import balance, train_branch  # noqa: E402
 from modeling_qzoom.training.demo_backbone import train_decoder, train_tower, training_parts  # noqa: E402
+from modeling_qzoom.training.demo_checkpoint import (  # noqa: E402
+    CROP_TOKENS,
+    attach_branches,
+    build_processor,
+    write_card,
+    write_checkpoint,
+)
+from modeling_qzoom.training.demo_labels import choose_heads, gate_rows, region_rows  # noqa: E402
 from modeling_qzoom.training.demo_model import build_backbone, demo_config  # noqa: E402
+from modeling_qzoom.training.demo_options import choose_options  # noqa: E402
 from modeling_qzoom.training.loop import load_state  # noqa: E402
+from modeling_qzoom.training.packing import Packer  # noqa: E402
+from modeling_qzoom.training.region_labels import TriStateRule  # noqa: E402
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
 
+
+LABEL_TOKENS = 144
+"""Budget of the view in which the backbone's attention is read: it searches best where it can see."""
+LABEL_RULE = TriStateRule(growth=1)
 
 logger = logging.getLogger("train_demo")
 
@@ -48,7 +69,7 @@ def train_backbone(work: Path, steps: tuple[int, int, int, int]) -> Path:
         if index == 0:
             train_tower(parts, steps[0], paths[0])
         else:
-            groups, decay = {1: ((24, 10, 0), 0.0), 2: ((8, 6, 10), 0.0), 3: ((6, 6, 12), 1.0)}[index]
+            groups, decay = {1: ((14, 16, 0), 0.0), 2: ((8, 6, 10), 0.0), 3: ((6, 6, 12), 1.0)}[index]
             train_decoder(model, parts, tokenizer, steps[index], paths[index], groups, decay, seed=index)
     return paths[-1]
 
@@ -58,6 +79,44 @@ def load_tower(parts: torch.nn.ModuleDict, path: Path) -> None:
     load_state(torch.nn.ModuleDict({"visual": parts["model"].visual, "heads": parts["heads"]}), path)
 
 
+def train_branches(work: Path, steps: tuple[int, int], pages: tuple[int, int]) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Label with the trained backbone, then train region and gate branch; returns the model and its tokenizer.
+
+    Args:
+        steps: Steps of the region and of the gate branch.
+        pages: Pages that are labelled for them.
+    """
+    vlm, tokenizer = fresh_backbone()
+    load_state(training_parts(vlm), work / "4-polish.safetensors")
+    vlm.eval().requires_grad_(False)
+    packer = Packer(tokenizer)
+    model = attach_branches(vlm)
+    for place, branch in enumerate(("region", "gate")):
+        path = work / f"{5 + place}-{branch}.safetensors"
+        if not path.exists():
+            if branch == "region":
+                heads = choose_heads(vlm, packer, LABEL_TOKENS)
+                rows = region_rows(vlm, packer, heads, pages[0], LABEL_TOKENS, LABEL_RULE)
+            else:
+                rows = balance(gate_rows(vlm, packer, pages[1], CROP_TOKENS["balanced"]), random.Random(0))
+            train_branch(model, tokenizer, rows, branch, steps[place], path)
+        load_state(getattr(model.zoom, branch), path)
+    return model, tokenizer
+
+
+def finish(model: QZoomForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, pages: int) -> None:
+    """Choose the options as the stored precision behaves, write the checkpoint, measure it and add its card."""
+    write_checkpoint(model, tokenizer, folder, None)
+    model = QZoomForConditionalGeneration.from_pretrained(folder)
+    for name, value in choose_options(model, build_processor(tokenizer)).items():
+        setattr(model.config, name, value)
+    write_checkpoint(model, tokenizer, folder, None)
+    figures = folder.parent / "qzoom-demo-figures.json"
+    command = [sys.executable, "-m", "modeling_qzoom.evaluation", str(folder), "--pages", str(pages)]
+    subprocess.run([*command, "--json", str(figures)], cwd=ROOT, check=True)
+    write_card(folder, model, json.loads(figures.read_text()))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,9 +124,21 @@ def main() -> None:
         "--work", type=Path, default=Path("/tmp/demo_train/stages"), help="folder of the stages' weights"
     )
     parser.add_argument("--steps", type=int, nargs=4, default=(700, 500, 900, 600), help="steps of the four stages")
+    parser.add_argument(
+        "--branch-steps", type=int, nargs=2, default=(400, 250), help="steps of region and gate branch"
+    )
+    parser.add_argument(
+        "--label-pages", type=int, nargs=2, default=(800, 1600), help="pages labelled for each of them"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
+    parser.add_argument(
+        "--pages", type=int, default=500, help="fresh pages that the published figures are measured on"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     train_backbone(arguments.work, tuple(arguments.steps))
+    model, tokenizer = train_branches(arguments.work, tuple(arguments.branch_steps), tuple(arguments.label_pages))
+    finish(model, tokenizer, arguments.output, arguments.pages)
 
 
 if __name__ == "__main__":

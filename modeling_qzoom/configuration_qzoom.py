@@ -4,7 +4,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import spec_for_config
-from .options_qzoom import OPTION_NAMES, ZoomOptions, validate_options
+from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, validate_options
 
 
 class QZoomConfig(PreTrainedConfig):
@@ -31,7 +31,8 @@ class QZoomConfig(PreTrainedConfig):
         position_alignment (`str`, *optional*):
             `"continuous"` (fractional positions inside the coarse image) or `"sequential"`. Default: continuous where
             the VLM has M-RoPE, sequential elsewhere.
-        effort (`str`, *optional*): name of a preset that supplies the options above.
+        effort (`str`, *optional*):
+            Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
             Option values by preset name, e.g. `{"fast": {"gate_threshold": 0.5}}`.
         min_tokens, max_tokens (`int`, *optional*): the coarse budget that the checkpoint was made for, in tokens.
@@ -39,9 +40,11 @@ class QZoomConfig(PreTrainedConfig):
         base_model_name_or_path (`str`, *optional*):
             The plain VLM's repository or folder. An add-on checkpoint, which holds the branches only, needs it.
         base_model_revision (`str`, *optional*): revision of `base_model_name_or_path`.
+        lora_subfolder (`str`, *optional*): where an add-on keeps the LoRA adapter that belongs to it.
 
     Raises:
-        ValueError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, or an option out of range.
+        ValueError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, an option out of range, or
+            a preset that is unknown, sets something else or holds such an option.
     """
 
     model_type = "qzoom"
@@ -68,6 +71,7 @@ class QZoomConfig(PreTrainedConfig):
         image_std: list | None = None,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        lora_subfolder: str | None = None,
         **kwargs,
     ):
         if vlm_config is None:
@@ -95,6 +99,7 @@ class QZoomConfig(PreTrainedConfig):
         self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
+        self.lora_subfolder = lora_subfolder
         kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self._validate()
@@ -112,11 +117,10 @@ class QZoomConfig(PreTrainedConfig):
                 f"branch_layer + branch_depth = {self.branch_layer} + {self.branch_depth} exceeds the VLM's "
                 f"{num_layers} decoder layers; choose branch_layer ≤ {num_layers - self.branch_depth}."
             )
-        validate_options(ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES}), mrope=spec.mrope)
-        for name, preset in self.presets.items():
-            unknown = sorted(set(preset) - set(OPTION_NAMES))
-            if unknown:
-                raise ValueError(f"preset {name!r} sets {unknown}; a preset may set {sorted(OPTION_NAMES)}.")
+        options = ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
+        validate_options(options, mrope=spec.mrope)
+        check_presets(self.presets, options, mrope=spec.mrope)
+        find_preset(self.effort, self.presets)
 
     def get_text_config(self, *args, **kwargs):
         """The decoder's configuration, which caches, `generate` and trainers ask for."""

@@ -156,9 +156,11 @@ def decide(
         One report per row, and the crops of the rows that zoom.
     """
     options = request.options
-    reports = plain_reports(model.config, view.input_ids, "forced" if options.zoom == "always" else "gate_open")
+    # without a gate, auto means always
+    asks_gate = options.zoom == "auto" and model.zoom.gate is not None
+    reports = plain_reports(model.config, view.input_ids, "gate_open" if asks_gate else "forced")
     rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
-    if rows and options.zoom == "auto" and model.zoom.gate is not None:
+    if rows and asks_gate:
         queries = None if query_columns is None else query_columns[rows]
         for row, probability in zip(rows, gate_logits(model, view, rows, queries).sigmoid().tolist()):
             reports[row].gate_probability = probability
@@ -193,6 +195,9 @@ def _crop_row(model, request: ZoomRequest, row: int, maps: RegionMaps, report: Z
         report.reason = "empty_map"
         return None
     box = box_to_pixels(cells, span.grid, tuple(source.shape[1:]), spec.min_box_side, grid_box)
+    if box is None:
+        report.reason = "crop_failed"
+        return None
     report.box = box
     recipe = crop_recipe(model.config, options, spec)
     try:

@@ -26,10 +26,13 @@ from .layers_qzoom import (
     run_layers,
     set_layer_states,
 )
+from .refusals_qzoom import check_padding, mark_zoomed
 from .requests_qzoom import ZoomRequest
 
 
 REQUEST = "zoom_request"
+# (B, 1) on a cache: how far the M-RoPE positions run ahead of the number of tokens
+POSITION_OFFSET = "qzoom_position_offset"
 
 
 @dataclass
@@ -66,10 +69,19 @@ class QZoomGenerationMixin(GenerationMixin):
     """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # the VLM's own method leaves rope_deltas on the module, which a second thread would read
+        # the VLM's own method keeps rope_deltas on the module, where a second thread would read them; ours travel with
+        # the cache that they belong to
         is_ids = inputs_tensor.ndim == 2 and not inputs_tensor.is_floating_point()
         cache = model_kwargs.get("past_key_values")
-        if not is_ids or (cache is not None and cache.get_seq_length() > 0):
+        cached = 0 if cache is None else cache.get_seq_length()
+        types = model_kwargs.get("mm_token_type_ids")
+        if cached > 0 and (types is None or not types[:, cached:].any()):
+            offset = getattr(cache, POSITION_OFFSET, None)
+            if offset is not None:
+                text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+                return (text + offset.to(text.device))[None]
+            return self.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if not is_ids:
             return self.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(inputs_tensor) if mask is None else mask
@@ -97,12 +109,15 @@ class QZoomGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
+        cache = model_kwargs.get("past_key_values")
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if cache is not None and positions is not None and positions.ndim == 3 and len(positions) == 4:
+            setattr(cache, POSITION_OFFSET, positions[1, :, -1:] - positions[0, :, -1:])
         if request is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
         self._check_cache(cache)
         repeat = request.expand_size
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        check_padding(mask)  # generate may have inferred it from pad tokens
         batch_dim = _batch_dim(positions)
         distinct = range(0, len(input_ids), repeat)
         outputs, merged = self._zoom_prefill(
@@ -120,6 +135,7 @@ class QZoomGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = fused_mask.repeat_interleave(repeat, dim=0)
             model_kwargs["position_ids"] = fused_positions.repeat_interleave(repeat, dim=batch_dim)
             model_kwargs.pop("mm_token_type_ids", None)
+            mark_zoomed(outputs.past_key_values)
         model_kwargs["past_key_values"] = outputs.past_key_values
         return outputs
 

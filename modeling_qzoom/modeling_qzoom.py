@@ -17,7 +17,7 @@ from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .layers_qzoom import check_decoder
 from .loading_qzoom import QZoomLoadingMixin
 from .options_qzoom import resolve_options
-from .refusals_qzoom import check_padding, refuse_unsupported
+from .refusals_qzoom import check_padding, refuse_unsupported, refuse_zoomed_cache
 from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
 from .supervision_qzoom import branch_pass, fused_language_pass
 
@@ -133,7 +133,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     ) -> QZoomOutput:
         """One pass: plain, over a branch, or over the fused sequence.
 
-        - Without the arguments below it is the VLM's own forward, bit for bit.
+        - Without targets or labels it is the VLM's own forward, bit for bit; sources are ignored.
         - With `region_targets` or `gate_targets` the branches run on the coarse view and the layers above K do not.
         - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
           inserted positions are -100; the box carries no gradient.
@@ -265,10 +265,12 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "position_alignment": position_alignment,
         }
         spec = spec_for_config(self.config.vlm_config)
-        defaults = generation_config if generation_config is not None else self.generation_config
-        options = resolve_options(given, defaults, self.config, mrope=spec.mrope)
+        # transformers fills what the call's generation config leaves open from the model's
+        configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
+        options = resolve_options(given, configs, self.config, mrope=spec.mrope)
         if return_zoom_reports is None:
-            return_zoom_reports = getattr(defaults, "return_zoom_reports", None)
+            settings = (getattr(entry, "return_zoom_reports", None) for entry in configs)
+            return_zoom_reports = next((value for value in settings if value is not None), False)
         if return_zoom_reports:
             if kwargs.get("return_dict_in_generate") is False:
                 raise ValueError(
@@ -278,11 +280,17 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             kwargs["return_dict_in_generate"] = True
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        check_padding(kwargs.get("attention_mask"))
+        refuse_zoomed_cache(kwargs.get("past_key_values"))
+        if options.zoom != "never":
+            check_padding(kwargs.get("attention_mask"))
         has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
         request = None
         if has_images and options.zoom != "never":
-            refuse_unsupported(args, defaults, kwargs)
+            refuse_unsupported(args, configs, kwargs)
+            if kwargs.get("pixel_values") is None and kwargs.get("mm_encoder_outputs") is None:
+                raise ValueError(
+                    "the prompt holds image tokens but pixel_values is missing; pass what the processor returned."
+                )
             grid = kwargs.get("image_grid_thw")
             count = count_images(self.config, input_ids, grid)
             spans = image_spans(

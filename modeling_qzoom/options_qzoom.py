@@ -1,7 +1,8 @@
 """The zoom options of one call: their names, their validation and the order in which their sources win."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -66,29 +67,65 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
             )
 
 
-def resolve_options(call: dict[str, Any], generation_config, config, *, mrope: bool) -> ZoomOptions:
-    """Call > generation config > model config; at each of them an explicit option wins over the `effort` preset.
+def check_presets(presets: dict[str, dict[str, Any]], defaults: ZoomOptions, *, mrope: bool) -> None:
+    """Checks a checkpoint's presets, each together with the options that it leaves alone.
+
+    Raises:
+        ValueError: names the preset and what is wrong with it.
+    """
+    for name, preset in presets.items():
+        if not isinstance(preset, dict):
+            raise ValueError(f"preset {name!r} must be a dict of options, got {preset!r}.")
+        unknown = sorted(set(preset) - set(OPTION_NAMES))
+        if unknown:
+            raise ValueError(f"preset {name!r} sets {unknown}; a preset may set {sorted(OPTION_NAMES)}.")
+        values = {key: value for key, value in preset.items() if value is not None}
+        try:
+            validate_options(replace(defaults, **values), mrope=mrope)
+        except ValueError as error:
+            raise ValueError(f"preset {name!r}: {error}") from error
+
+
+def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The options of a preset; none for `effort=None`.
+
+    Raises:
+        ValueError: the checkpoint has no such preset.
+    """
+    if effort is None:
+        return {}
+    if not isinstance(effort, str) or effort not in presets:
+        known = sorted(presets) or "none; set thresholds and budgets one by one"
+        raise ValueError(f"effort={effort!r} is not a preset of this checkpoint (presets: {known}).")
+    return presets[effort]
+
+
+def resolve_options(call: dict[str, Any], generation_configs: Sequence, config, *, mrope: bool) -> ZoomOptions:
+    """Call > generation configs > model config.
+
+    In the call and in a generation config, an explicit option wins over the `effort` preset beside it. The model
+    config always holds a value for every option, so there the preset, where one is named, wins over the values.
 
     Args:
         call: options of the call by name (`effort` included), None where not given.
-        generation_config: the generation config in force, whose attributes may carry options.
+        generation_configs: those in force, the call's before the model's; their attributes may carry options.
         config: the model's `QZoomConfig`.
 
     Raises:
         ValueError: unknown preset, or what `validate_options` refuses.
     """
     resolved: dict[str, Any] = {}
-    for source in (call, vars(generation_config) if generation_config is not None else {}, vars(config)):
-        effort = source.get("effort")
-        if effort is not None and effort not in config.presets:
-            known = sorted(config.presets) or "none; set thresholds and budgets one by one"
-            raise ValueError(f"effort={effort!r} is not a preset of this checkpoint (presets: {known}).")
-        preset = config.presets[effort] if effort is not None else {}
+
+    def fill(values: dict[str, Any]) -> None:
         for name in OPTION_NAMES:
-            value = source.get(name)
-            value = preset.get(name) if value is None else value
-            if value is not None:
-                resolved.setdefault(name, value)
+            if values.get(name) is not None:
+                resolved.setdefault(name, values[name])
+
+    for source in (call, *(vars(entry) for entry in generation_configs)):
+        fill(source)
+        fill(find_preset(source.get("effort"), config.presets))
+    fill(find_preset(config.effort, config.presets))
+    fill(vars(config))
     options = ZoomOptions(**resolved)
     validate_options(options, mrope=mrope)
     return options

@@ -119,8 +119,8 @@ class QZoomProcessor(ProcessorMixin):
         spec = spec_for_model_type(backbone_model_type)
         if spec.square_crop and self.backbone_processor_kwargs.get("patch_size") is None:
             raise ValueError(
-                f"{backbone_model_type} needs backbone_processor_kwargs with patch_size, num_additional_image_tokens and "
-                "vision_feature_select_strategy, as the backbone's processor_config.json holds them."
+                f"{backbone_model_type} needs patch_size, num_additional_image_tokens and "
+                "vision_feature_select_strategy in backbone_processor_kwargs, as its processor_config.json holds them."
             )
         if not spec.square_crop and not hasattr(image_processor, "merge_size"):
             raise ValueError(

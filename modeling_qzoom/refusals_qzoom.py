@@ -1,10 +1,12 @@
 """Decoding features that cannot go with zooming: each refused with its own reason and the way out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 
+_ZOOMED = "qzoom_holds_crops"  # set on caches
 _PLAIN = "Pass zoom='never' to use it on the plain model."
 
 
@@ -22,12 +24,28 @@ def check_padding(attention_mask: Tensor | None) -> None:
         )
 
 
-def refuse_unsupported(args: tuple, generation_config, kwargs: dict[str, Any]) -> None:
+def mark_zoomed(cache) -> None:
+    """Notes on a cache that it holds crops, so that no later turn counts its tokens as the prompt's."""
+    setattr(cache, _ZOOMED, True)
+
+
+def refuse_zoomed_cache(cache) -> None:
+    """Raises:
+    ValueError: the cache holds crops of an earlier turn.
+    """
+    if getattr(cache, _ZOOMED, False):
+        raise ValueError(
+            "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
+            "crop goes is decided anew for every question. Pass the whole conversation without a cache."
+        )
+
+
+def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[str, Any]) -> None:
     """Checks a call that may zoom.
 
     Args:
         args: positional arguments of `generate` after the generation config.
-        generation_config: the one in force.
+        generation_configs: those in force, the call's before the model's.
         kwargs: keyword arguments of `generate`.
 
     Raises:
@@ -35,8 +53,8 @@ def refuse_unsupported(args: tuple, generation_config, kwargs: dict[str, Any]) -
     """
 
     def setting(name: str) -> Any:
-        value = kwargs.get(name)
-        return value if value is not None else getattr(generation_config, name, None)
+        values = (kwargs.get(name), *(getattr(entry, name, None) for entry in generation_configs))
+        return next((value for value in values if value is not None), None)
 
     # order of generate's own parameters after generation_config
     positional = dict(
@@ -56,13 +74,27 @@ def refuse_unsupported(args: tuple, generation_config, kwargs: dict[str, Any]) -
         )
     )
     named = {**positional, **kwargs}
-    if named.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
+    drafting = ("prompt_lookup_num_tokens", "assistant_early_exit")
+    if (
+        named.get("assistant_model") is not None
+        or setting("use_mtp")
+        or any(setting(name) is not None for name in drafting)
+    ):
         raise ValueError(
             "assisted and prompt-lookup decoding feed the whole prompt again, without the crop that the cache holds. "
             + _PLAIN
         )
     if named.get("custom_generate") is not None:
         raise ValueError("custom_generate replaces the decoding loop and with it the prefill that zooms. " + _PLAIN)
+    moved = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+    moved = [name for name in moved if setting(name)]
+    if (setting("num_beam_groups") or 1) > 1:
+        moved.append("num_beam_groups")
+    if moved:
+        raise ValueError(
+            f"{moved[0]} selects a decoding loop that transformers loads from the Hub as custom_generate, without the "
+            "prefill that zooms. " + _PLAIN
+        )
     if named.get("synced_gpus"):
         raise ValueError(
             "synced_gpus=True needs every process to run the same layers, but each row decides for itself whether it "

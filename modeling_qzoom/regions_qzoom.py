@@ -99,7 +99,7 @@ def _grow_and_slide(start: float, end: float, limit: int, min_side: int) -> tupl
 
 def box_to_pixels(
     box: Box, grid: tuple[int, int], image_size: tuple[int, int], min_side: int, grid_box: Rectangle | None = None
-) -> Box:
+) -> Box | None:
     """A box of cells in pixels of the source image.
 
     Args:
@@ -109,14 +109,19 @@ def box_to_pixels(
         min_side: smaller sides are grown to this many pixels, as far as the image allows.
         grid_box: the rectangle of source pixels that the grid covers; the whole image if None. Larger than the image
             where the coarse view was padded.
+
+    Returns:
+        The box, inside the image; None where all of it lies in the padding.
     """
     height, width = image_size
     left, top, right, bottom = (0, 0, width, height) if grid_box is None else grid_box
-    x_scale, y_scale = (right - left) / grid[1], (bottom - top) / grid[0]
     x0, y0, x1, y1 = box
+    # product before quotient: whole pixels come out whole, and truncation below keeps the last one
     # the padding around a source holds nothing to look at
-    x0, x1 = (min(max(left + x * x_scale, 0.0), float(width)) for x in (x0, x1))
-    y0, y1 = (min(max(top + y * y_scale, 0.0), float(height)) for y in (y0, y1))
+    x0, x1 = (min(max(left + x * (right - left) / grid[1], 0.0), float(width)) for x in (x0, x1))
+    y0, y1 = (min(max(top + y * (bottom - top) / grid[0], 0.0), float(height)) for y in (y0, y1))
+    if x0 == x1 or y0 == y1:
+        return None
     x0, x1 = _grow_and_slide(x0, x1, width, min_side)
     y0, y1 = _grow_and_slide(y0, y1, height, min_side)
     return x0, y0, x1, y1

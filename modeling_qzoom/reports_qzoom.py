@@ -17,8 +17,9 @@ class ZoomReport:
     Attributes:
         gate_probability: probability that the coarse view is not enough; None where the gate did not run.
         zoomed: whether a crop was used.
-        reason: `gate_open` or `forced` (zoomed); `gate_closed`, `off` (zoom="never"), `no_image`, `video`,
-            `empty_map` (no cell above the threshold) or `crop_failed` (not zoomed).
+        reason: `gate_open` or `forced` (zoomed; forced by zoom="always" or for lack of a gate); `gate_closed`, `off`
+            (zoom="never"), `no_image`, `video`, `empty_map` (no cell above the threshold) or `crop_failed` (the region
+            lies in the padding or is too narrow) (not zoomed).
         image_index: which of the row's images was looked at, None if none was.
         box: (x0, y0, x1, y1) in pixels of that image, end exclusive; None without a region.
         region_logits: (h, w) region logits of that image, None where the region branch did not run.

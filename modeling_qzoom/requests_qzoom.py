@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from .crops_qzoom import CropRecipe
 from .fusion_qzoom import ImageSpan
 from .options_qzoom import ZoomOptions
 from .reports_qzoom import ZoomReport
+from .sources_qzoom import ImageSlot, load_rgb, source_tensor
 
 
 _WAY_OUT = "Process images and text with QZoomProcessor, which adds source_images, or pass zoom='never'."
@@ -41,22 +41,23 @@ class ZoomRequest:
     reports: list[ZoomReport] = field(default_factory=list)
 
 
-def as_source(image, place: str) -> Tensor:
-    """A PIL image or uint8 tensor as (3, H, W) uint8.
+def as_source(slot: ImageSlot) -> Tensor:
+    """A PIL image (upright and RGB, as the processor reads it) or uint8 tensor as (3, H, W) uint8.
 
     Raises:
         ValueError: anything else; the message names the image's place.
     """
+    image = slot.image
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
             raise ValueError(
-                f"source_images: {place} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 "
+                f"source_images: {slot} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 "
                 "(3, H, W), as QZoomProcessor makes it, or a PIL image."
             )
         return image
     if hasattr(image, "convert"):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    raise ValueError(f"source_images: {place} is a {type(image).__name__}; expected a PIL image or a uint8 tensor.")
+        return source_tensor(load_rgb(slot))
+    raise ValueError(f"source_images: {slot} is a {type(image).__name__}; expected a PIL image or a uint8 tensor.")
 
 
 def _place(index: int, expected: list[int]) -> tuple[int, int]:
@@ -76,8 +77,8 @@ def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]
     """Flattens and checks the source images of a batch.
 
     Args:
-        source_images: flat, or one list per row; PIL images or uint8 (3, H, W) tensors. A (n, 3, H, W) tensor counts
-            as a flat list.
+        source_images: one image, a flat list, or one list (or None) per row; PIL images or uint8 (3, H, W) tensors. A
+            (n, 3, H, W) tensor counts as a flat list.
 
     Raises:
         ValueError: no sources, a wrong count (naming row and image), or an image of the wrong kind.
@@ -86,7 +87,8 @@ def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]
     if source_images is None:
         row = next(index for index, count in enumerate(expected) if count)
         raise ValueError(f"row {row} holds image tokens but source_images is missing. {_WAY_OUT}")
-    images = list(source_images) if isinstance(source_images, (list, tuple, Tensor)) else [source_images]
+    is_stack = isinstance(source_images, Tensor) and source_images.ndim == 4
+    images = list(source_images) if is_stack or isinstance(source_images, (list, tuple)) else [source_images]
     if _is_nested(images):
         if len(images) != len(expected):
             raise ValueError(f"source_images has {len(images)} rows, the batch {len(expected)}.")
@@ -107,23 +109,41 @@ def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]
             f"source_images has {len(images)} images, the prompts have only {sum(expected)}; image {sum(expected)} "
             f"has no place in row {len(expected) - 1}. {_WAY_OUT}"
         )
-    return [as_source(image, f"image {index}") for index, image in enumerate(images)]
+    return [as_source(ImageSlot(image, index, *_place(index, expected))) for index, image in enumerate(images)]
+
+
+def _flat_numbers(nested) -> list[float]:
+    """The numbers of a tensor, or of lists and tensors nested to any depth, in order; None counts as nothing."""
+    if isinstance(nested, Tensor):
+        return nested.flatten().float().tolist()
+    if isinstance(nested, (list, tuple)):
+        return [number for item in nested for number in _flat_numbers(item)]
+    return [] if nested is None else [float(nested)]
 
 
 def collect_grid_boxes(source_boxes, count: int) -> list[tuple[float, ...] | None]:
     """Per image, the rectangle (x0, y0, x1, y1) of source pixels under its token grid.
 
     Args:
-        source_boxes: (count, 4), flat or nested by row, or None where grids cover whole images.
+        source_boxes: (count, 4), flat or nested by row (with None or nothing for rows without images), or None where
+            grids cover whole images.
+
+    Raises:
+        ValueError: not one rectangle per image, or a rectangle without area.
     """
     if source_boxes is None:
         return [None] * count
-    rows = source_boxes.tolist() if isinstance(source_boxes, Tensor) else list(source_boxes)
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
-    flat = [item for row in rows for item in (row if isinstance(row[0], (list, tuple)) else [row])]
-    if len(flat) != count:
-        raise ValueError(f"source_boxes has {len(flat)} rectangles, the prompts have {count} images.")
-    return [tuple(float(value) for value in box) for box in flat]
+    numbers = _flat_numbers(source_boxes)
+    if len(numbers) != 4 * count:
+        raise ValueError(
+            f"source_boxes holds {len(numbers)} numbers; expected 4 (x0, y0, x1, y1) for each of the prompts' {count} "
+            "images. Pass what QZoomProcessor returned."
+        )
+    boxes = [tuple(numbers[start : start + 4]) for start in range(0, len(numbers), 4)]
+    for index, (x0, y0, x1, y1) in enumerate(boxes):
+        if not (x1 > x0 and y1 > y0):
+            raise ValueError(f"source_boxes: rectangle {index}, {(x0, y0, x1, y1)}, has no area.")
+    return boxes
 
 
 def crop_recipe(config, options: ZoomOptions, spec) -> CropRecipe:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 _DOWNLOAD_SECONDS = 60
@@ -210,7 +210,8 @@ def _decode(image: Any, max_pixels: int | None, data_format: str | None) -> Imag
         image = Image.open(BytesIO(_read_bytes(image)))
     if isinstance(image, Image.Image):
         _check_size(*image.size, max_pixels)  # before the pixels are unpacked
-        return _to_rgb(ImageOps.exif_transpose(image))
+        is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return _to_rgb(image if is_upright else ImageOps.exif_transpose(image))
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -249,7 +250,7 @@ def load_rgb(slot: ImageSlot, max_pixels: int | None = None, data_format: str | 
 
 def source_tensor(image: Image.Image) -> torch.Tensor:
     """(3, H, W) uint8, contiguous, of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def _resized_size(width: int, height: int, size: Mapping[str, int] | int) -> tuple[int, int]:

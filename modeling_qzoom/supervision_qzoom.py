@@ -212,7 +212,7 @@ def fused_language_pass(
     view = coarse_view(model, input_ids, attention_mask, vision)
     spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
     sources = collect_sources(source_images, spans)
-    options = resolve_options({"zoom": "always"}, None, model.config, mrope=view.positions.ndim == 3)
+    options = resolve_options({"zoom": "always"}, (), model.config, mrope=view.positions.ndim == 3)
     request = ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)))
     if zoom_boxes is None:
         crops = _proposed_crops(model, request, view, labels)

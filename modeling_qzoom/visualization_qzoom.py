@@ -41,9 +41,7 @@ def _display_scale(width: int, height: int, max_side: int) -> float:
     return min(max(1.0, _SMALLEST_SIDE / longest), max_side / longest)
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled to lie within width × height, aspect kept."""
-    scale = min(width / image.width, height / image.height)
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
 
@@ -98,7 +96,7 @@ def _outline(image: Image.Image, box: tuple[float, ...], line: int) -> None:
 
 
 def _main_panel(source: Image.Image, report: Any, heat: np.ndarray | None, alpha: float, scale: float) -> Image.Image:
-    panel = _fit(source, max(1, round(source.width * scale)), max(1, round(source.height * scale)))
+    panel = _scaled(source, scale)
     x_scale, y_scale = panel.width / source.width, panel.height / source.height
     if heat is not None:
         covered = report.grid_box or (0, 0, source.width, source.height)
@@ -149,21 +147,22 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _with_caption(picture: Image.Image, lines: list[str], colour: tuple[int, int, int]) -> Image.Image:
-    """Adds a bar below, its text wrapped to the picture's width."""
-    size = min(22, max(13, picture.width // 48))
+    """Adds a bar below, at least wide enough to be read, its text wrapped."""
+    width = max(picture.width, _SMALLEST_SIDE)
+    size = min(22, max(13, width // 48))
     font = ImageFont.load_default(size)
     margin, dot = size, size * 2 // 3
-    room = picture.width - 3 * margin - dot
+    room = width - 3 * margin - dot
     wrapped = [(part, index) for index, line in enumerate(lines) for part in _wrap(line, font, room)]
     step = round(size * 1.5)
-    bar = Image.new("RGB", (picture.width, margin + step * len(wrapped) + margin // 2), _DARK)
+    bar = Image.new("RGB", (width, margin + step * len(wrapped) + margin // 2), _DARK)
     draw = ImageDraw.Draw(bar)
     draw.ellipse((margin, margin + size // 4, margin + dot, margin + size // 4 + dot), fill=colour)
     for row, (part, index) in enumerate(wrapped):
         place = (2 * margin + dot, margin + row * step)
         draw.text(place, part, font=font, fill=_LIGHT if index == 0 else _MUTED)
-    framed = Image.new("RGB", (picture.width, picture.height + bar.height), _DARK)
-    framed.paste(picture, (0, 0))
+    framed = Image.new("RGB", (width, picture.height + bar.height), _DARK)
+    framed.paste(picture, ((width - picture.width) // 2, 0))
     framed.paste(bar, (0, picture.height))
     return framed
 
@@ -215,7 +214,8 @@ def overlay(
         heat = report.heatmap.float().numpy() / peak if peak > 0 else None
     picture = _main_panel(source, report, heat, alpha, _display_scale(*source.size, max_side))
     if show_crop and report.box is not None:
-        crop = _fit(source.crop(report.box), picture.width, picture.height)
+        crop = source.crop(report.box)
+        crop = _scaled(crop, min(picture.width / crop.width, picture.height / crop.height))
         _outline(crop, (0, 0, *crop.size), line=max(2, max(picture.size) // 300))
         picture = _beside(picture, crop)
     if show_caption:

@@ -170,6 +170,9 @@ def test_budget_in_tokens(build, side):
     assert token_counts(processor, processor(images=[image], text=token, min_tokens=169)) == [169]
     small = processor(images=[noise(side, side)], text=token)
     assert token_counts(processor, small) == [4]
+    # a bound beyond the configured other one moves that too
+    tiniest = processor(images=[noise(side, side)], text=token, max_tokens=1)
+    assert token_counts(processor, tiniest) == [1]
     assert small["source_images"][0].shape == (3, side, side)
     chats = [chat(image, "hi")]
     assert token_counts(processor, process(processor, chats, max_tokens=9)) == [9]
@@ -306,6 +309,12 @@ def test_unknown_keyword_beside_a_chat():
     # a variable of the template is no keyword of the processor
     greeting = "{{ greeting }}{{ messages[0]['content'][0]['text'] }}"
     assert qwen_processor().apply_chat_template(chat("hi"), greeting, greeting="oh ") == "oh hi"
+    # words of a template shadow no option
+    prose = "You may zoom, within max_tokens. <|image_pad|>"
+    with pytest.raises(ValueError, match="zoom: for `generate`"):
+        qwen_processor().apply_chat_template(chat("hi"), prose, zoom="always")
+    processor = qwen_processor()
+    assert token_counts(processor, process(processor, chat(noise(280, 280)), chat_template=prose, max_tokens=9)) == [9]
 
 
 def test_known_keywords_reach_the_backbone():

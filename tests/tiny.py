@@ -169,7 +169,28 @@ def tiny_model(
     with torch.no_grad():
         for parameter in model.zoom.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    _calibrate(model, family)
     return model
+
+
+@torch.no_grad()
+def _calibrate(model: QZoomForConditionalGeneration, family: str) -> None:
+    """Rescales the random branches: gate logits of typical rows spread around 0, maps from nearly 0 to nearly 1."""
+    grids = [(2, 3), (4, 4), (3, 5), (5, 2)]
+    rows = [Row([f"row {seed}", None, f"? {7 * seed}"], [grids[seed % 4]], seed) for seed in range(8)]
+    inputs = plain_inputs(make_inputs(family, rows))
+    has_gate = model.zoom.gate is not None
+    targets = {"gate_targets": torch.zeros(len(rows))} if has_gate else {}
+    output = model(**inputs, region_targets=[torch.zeros(1, 1, 1)] * len(rows), **targets)
+    if has_gate:
+        head, logits = model.zoom.gate.head, output.gate_logits
+        scale = 1.5 / logits.std()
+        head.weight.mul_(scale)
+        head.bias.copy_((head.bias - logits.mean()) * scale)
+    contrast = torch.stack([maps[0].std() for maps in output.region_logits]).mean()
+    scorer = model.zoom.region.scorer
+    for parameter in (scorer.q_proj if scorer.q_norm is None else scorer.q_norm).parameters():
+        parameter.mul_(3.0 / contrast)
 
 
 @dataclass

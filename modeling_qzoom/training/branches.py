@@ -95,4 +95,5 @@ def train_branch(
             output = model(**prompt_inputs(chosen, tokenizer), **targets)
         return output.loss, {"loss": output.loss.item()}
 
-    fit(trained, [torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)], step_loss, steps, path)
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    fit(trained, [optimizer], step_loss, steps, path, warm=max(1, min(50, steps // 10)))

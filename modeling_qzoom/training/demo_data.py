@@ -17,6 +17,7 @@ from .views import View, cell_crop, item_view, whole_view
 
 COARSE_TOKENS = 64
 LARGE = PageSettings(side=(500, 800), digit_width=(1 / 30, 1 / 18))
+FEW = PageSettings(side=(500, 700), items=(2, 3), digit_width=(1 / 26, 1 / 19))
 MIXED = PageSettings(side=(700, 1200), digit_width=(1 / 66, 1 / 36))
 LARGEST_SEED = 10**9
 """Training pages have seeds below this, evaluation pages above: they never meet."""
@@ -60,10 +61,11 @@ def crop_sample(rng: random.Random) -> Sample:
 
 
 def whole_sample(rng: random.Random) -> Sample:
-    """A whole page with large, legible codes and questions of both kinds: learns to search."""
+    """A whole page with large, legible codes and questions of both kinds: learns to search, best among few items."""
     while True:
-        page = _page(rng, LARGE if rng.random() < 0.7 else MIXED)
-        view = whole_view(page, rng.choice([COARSE_TOKENS, COARSE_TOKENS, 100, 144]))
+        kind = rng.random()
+        page = _page(rng, FEW if kind < 0.5 else LARGE if kind < 0.85 else MIXED)
+        view = whole_view(page, rng.choice([COARSE_TOKENS, COARSE_TOKENS, COARSE_TOKENS, 144]))
         if view.legible:
             chosen = rng.sample(view.legible, min(4, len(view.legible)))
             segments = [Segment(_fine(page, index, rng)) for index in chosen]
@@ -79,7 +81,7 @@ def fused_sample(rng: random.Random) -> Sample:
     view = whole_view(page, COARSE_TOKENS)
     segments = []
     for index in rng.sample(range(len(page.items)), min(2, len(page.items))):
-        crop, cells = cell_crop(page, index, view.grid, rng.choice([49, 64, 100, 144]), rng)
+        crop, cells = cell_crop(page, index, view.grid, rng.choice([49, 64, 64, 100, 144]), rng)
         segments.append(Segment(_fine(page, index, rng), crop, cells))
     segments += [Segment(question) for question in _some_coarse(page, 2, rng)]
     if rng.random() < 0.3:

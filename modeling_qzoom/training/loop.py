@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -15,18 +16,25 @@ logger = logging.getLogger(__name__)
 Step = Callable[[float], tuple[Tensor, dict[str, float]]]
 
 
-def save_state(module: nn.Module, path: Path) -> None:
-    """Write a module's weights; a reader never sees half a file."""
+def save_state(module: nn.Module, path: Path, step: int = 0) -> None:
+    """Write a module's weights and the step they belong to; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     # clones, because tied weights share memory, which the format refuses
-    save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, partial)
+    weights = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, partial, metadata={"step": str(step)})
     partial.rename(path)
 
 
 def load_state(module: nn.Module, path: Path) -> None:
     """Read weights written by `save_state`."""
     module.load_state_dict(load_file(path))
+
+
+def load_step(path: Path) -> int:
+    """The step that a file of `save_state` belongs to."""
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def rate(done: float, step: int, warm: int, decay: float) -> float:
@@ -44,7 +52,7 @@ def fit(
     decay: float = 0.5,
     warm: int = 50,
 ) -> None:
-    """Train a module and leave its weights at `path`.
+    """Train a module and leave its weights at `path`; an interrupted run resumes at its last saved step.
 
     Args:
         optimizers: Their rates at the start are the peak rates.
@@ -55,8 +63,15 @@ def fit(
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     means: dict[str, float] = {}
     began = time.monotonic()
-    for step in range(steps):
-        share = rate(step / steps, step, warm, decay)
+    running = path.with_name(path.stem + "-running.safetensors")
+    first = 0
+    if running.exists():
+        load_state(module, running)
+        first = load_step(running)
+        logger.info("%s resumes at step %d", path.stem, first)
+    for step in range(first, steps):
+        # the optimisers start anew after an interruption, so they warm up again
+        share = rate(step / steps, step - first, warm, decay)
         for optimizer, values in zip(optimizers, peaks, strict=True):
             for group, value in zip(optimizer.param_groups, values, strict=True):
                 group["lr"] = value * share
@@ -73,5 +88,6 @@ def fit(
             shown = " ".join(f"{name} {value:.3f}" for name, value in sorted(means.items()))
             logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, steps, time.monotonic() - began, shown)
         if step % 100 == 99:
-            save_state(module, path.with_name(path.stem + "-running.safetensors"))
-    save_state(module, path)
+            save_state(module, running, step + 1)
+    save_state(module, path, steps)
+    running.unlink(missing_ok=True)

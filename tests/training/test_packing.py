@@ -2,11 +2,14 @@
 
 import random
 
+import numpy as np
 import torch
 
 from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page, question_corpus
+from modeling_qzoom.training.branches import BranchRow, prompt_inputs
+from modeling_qzoom.training.demo_checkpoint import attach_branches
 from modeling_qzoom.training.demo_model import build_backbone, demo_config
-from modeling_qzoom.training.packing import Packer, Sample, Segment, embed
+from modeling_qzoom.training.packing import Packer, Sample, Segment, answer_loss, embed
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
 from modeling_qzoom.training.tower import batch_inputs, encode
 from modeling_qzoom.training.views import IGNORE, cell_crop, whole_view
@@ -65,3 +68,34 @@ def test_crop_positions_follow_the_documented_rule() -> None:
     assert inner[1].min() == start + cells[1] and inner[1].max() == start + cells[3] - 1
     assert inner[2].min() == start + cells[0] and inner[2].max() == start + cells[2] - 1
     assert place[0, pads[-1] + 1] == end + max(crop.grid) + 2
+
+
+def test_packed_crops_train_what_forward_trains() -> None:
+    tokenizer, vlm = _setup()
+    page = draw_page(3)
+    view = whole_view(page, 64)
+    crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(1))
+    question = code_question(page, 0)
+    batch = Packer(tokenizer)([Sample(view, [Segment(question, crop, cells)])])
+    with torch.no_grad():
+        packed, _ = answer_loss(vlm, batch, encode(vlm.model.visual, batch.views)[0])
+    model = attach_branches(vlm, crop_max_tokens=36)
+    inputs = prompt_inputs([BranchRow(view, question)], tokenizer)
+    answer = torch.tensor([[*tokenizer.encode(question.answer), tokenizer.eos_token_id]])
+    labels = torch.cat([torch.full_like(inputs["input_ids"], IGNORE), answer], dim=1)
+    with torch.no_grad():
+        output = model(
+            input_ids=torch.cat([inputs["input_ids"], answer], dim=1),
+            attention_mask=torch.ones_like(labels),
+            pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], dim=1),
+            labels=labels,
+            source_images=[torch.from_numpy(np.array(page.image)).permute(2, 0, 1)],
+            zoom_boxes=[tuple(int(edge) for edge in crop.box)],
+        )
+        alone = Packer(tokenizer)([Sample(view, [Segment(question)])])
+        plain, _ = answer_loss(vlm, alone, encode(vlm.model.visual, alone.views)[0])
+    # crops are resized on the device, within one grey level of PIL
+    assert abs(output.loss - packed) < 0.02 * abs(packed)
+    assert abs(output.loss - packed) < 0.25 * abs(plain - packed)

@@ -1,0 +1,272 @@
+"""Add-ons: folders that hold the branches, and perhaps a LoRA adapter, but not the VLM they belong to."""
+
+import copy
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file, is_accelerate_available, is_peft_available
+
+from .quantization_qzoom import aligned, dense_state, is_quantized, vlm_recipe
+
+
+LORA_FOLDER = "lora"  # not the root, where transformers would take the whole folder for an adapter
+_HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "proxies", "force_download")
+_MOVED = (
+    "If the base model has moved, say where it is: from_pretrained(…, base_model_name_or_path=…), or change "
+    "base_model_name_or_path in the add-on's config.json."
+)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def holds_only_branches(checkpoint_files: list[str]) -> bool:
+    """Whether the files are those of an add-on."""
+    for file in checkpoint_files:
+        if not file.endswith(".safetensors"):
+            return False
+        with safe_open(file, "pt") as weights:
+            if any(not key.startswith("zoom.") for key in weights.keys()):  # noqa: SIM118 (not a dict)
+                return False
+    return True
+
+
+def _base_files(base: str, **hub) -> list[str]:
+    """The safetensors files of the base model's repository or folder.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        single = cached_file(base, "model.safetensors", **missing_ok, **hub)
+        if single is not None:
+            return [single]
+        index = cached_file(base, "model.safetensors.index.json", **missing_ok, **hub)
+        if index is not None:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            return [cached_file(base, name, **hub) for name in names]
+    except OSError as error:
+        raise ValueError(f"this add-on's base model {base!r} cannot be read: {error} {_MOVED}") from error
+    raise ValueError(f"this add-on's base model {base!r} holds no model.safetensors. {_MOVED}")
+
+
+def with_base_files(model, checkpoint_files: list[str], load_config) -> tuple[list[str], Any]:
+    """An add-on's files and those of its base, so that one pass of transformers loads both.
+
+    Args:
+        load_config: transformers' `LoadStateDictConfig` of the add-on.
+
+    Returns:
+        The files, and a `load_config` that knows which file holds which weight (for offloading to disk).
+
+    Raises:
+        ValueError: the add-on names no base, the base cannot be found, or it holds branches of its own.
+    """
+    base = model.config.base_model_name_or_path
+    if base is None:
+        raise ValueError(
+            "the checkpoint holds branches only, and its config.json names no base model. Pass "
+            "base_model_name_or_path=… to from_pretrained."
+        )
+    hub = {key: load_config.download_kwargs.get(key) for key in _HUB_KEYWORDS}
+    hub = {key: value for key, value in hub.items() if value is not None}
+    files = [*checkpoint_files, *_base_files(base, revision=model.config.base_model_revision, **hub)]
+    weight_map: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            keys = list(weights.keys())
+        if file not in checkpoint_files and any(key.startswith("zoom.") for key in keys):
+            raise ValueError(
+                f"the base model {base!r} is itself a Q-Zoom checkpoint, whose branches would replace the add-on's. "
+                "Name the plain VLM, or load that checkpoint as it is."
+            )
+        # transformers puts the folder of the first file before these names, which absolute ones ignore
+        weight_map.update(dict.fromkeys(keys, os.path.abspath(file)))
+    return files, replace(load_config, sharded_metadata={"weight_map": weight_map})
+
+
+def load_lora(model, name: str | os.PathLike, subfolder: str = "", **hub) -> None:
+    """Puts the LoRA adapter of an add-on around the weights it belongs to.
+
+    Raises:
+        ImportError: peft is missing.
+    """
+    if not is_peft_available():
+        raise ImportError("this add-on comes with a LoRA adapter, which needs peft: pip install peft")
+    folder = "/".join(part for part in (subfolder, model.config.lora_subfolder) if part)
+    files = [
+        cached_file(name, file, subfolder=folder, **hub)
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    model.load_adapter(os.path.dirname(files[0]))
+    model.eval()
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+
+def _plain_vlm(model) -> nn.Module:
+    """The VLM without a wrapper of peft."""
+    return model.vlm.get_base_model() if hasattr(model.vlm, "get_base_model") else model.vlm
+
+
+def check_vlm_unchanged(model, base: str, revision: str | None) -> Any:
+    """Compares the VLM with its base, one module in memory at a time.
+
+    Quantized weights cannot be trained and are not compared; neither are LoRA weights.
+
+    Returns:
+        The base's quantization recipe, None for a base in 16 or 32 bit.
+
+    Raises:
+        ValueError: the base cannot be read, or the VLM differs from it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        placement = {"device_map": {"": "disk"}, "offload_folder": scratch} if is_accelerate_available() else {}
+        try:
+            reference = AutoModelForImageTextToText.from_pretrained(base, revision=revision, **placement)
+        except OSError as error:
+            raise ValueError(
+                f"the base model {base!r} cannot be read, so that nobody can tell whether this VLM still equals it: "
+                f"{error} Pass save_addon(…, base_model_name_or_path=…), or save everything with save_pretrained."
+            ) from error
+        changed = _changed_weights(_plain_vlm(model), reference)
+        recipe = getattr(reference.config, "quantization_config", None)
+    if changed:
+        raise ValueError(
+            f"an add-on holds the branches only, but {len(changed)} weights of this VLM differ from {base!r}, e.g. "
+            f"{changed[0]}: it was fully fine-tuned, or a LoRA was merged into it. Save everything with "
+            "save_pretrained, or keep the LoRA unmerged (model.unmerge_adapter() of peft undoes merge_adapter())."
+        )
+    return recipe
+
+
+def _changed_weights(vlm: nn.Module, reference: nn.Module) -> list[str]:
+    changed = []
+    for name, module in vlm.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or "lora_" in name:
+            continue
+        plain_name = name.replace(".base_layer", "")  # where LoRA wraps a layer
+        original = reference.get_submodule(plain_name)
+        with aligned(module), aligned(original):
+            for key, parameter in module.named_parameters(recurse=False):
+                other = getattr(original, key, None)
+                if is_quantized(parameter) or (other is not None and is_quantized(other)):
+                    continue
+                if other is None or not torch.equal(parameter.cpu(), other.to("cpu", parameter.dtype)):
+                    changed.append(f"{plain_name}.{key}")
+    return changed
+
+
+def _adapter_of(model) -> tuple[nn.Module, str, Any] | None:
+    """(module that holds the adapter, prefix of its names in the model, configuration), None without one."""
+    for owner, prefix in ((model, ""), (_plain_vlm(model), "vlm.")):
+        adapters = getattr(owner, "peft_config", None)
+        if not adapters:
+            continue
+        if len(adapters) > 1:
+            raise ValueError(f"the model carries several adapters {sorted(adapters)}; keep one, e.g. by delete_adapter.")
+        return owner, prefix, next(iter(adapters.items()))
+    return None
+
+
+def has_unmerged_lora(model) -> bool:
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+def lora_state(model) -> tuple[dict[str, Tensor], Any] | None:
+    """An unmerged LoRA adapter.
+
+    Returns:
+        Its weights by their name in the file, and its `LoraConfig`, which names the adapted modules one by one so that
+        it means the same wherever it is loaded; None without an adapter.
+
+    Raises:
+        ValueError: several adapters, another kind of adapter, a merged one, or one that trains whole VLM weights.
+    """
+    if not has_unmerged_lora(model):
+        return None
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owner, prefix, (adapter, lora_config) = _adapter_of(model)
+    if str(getattr(lora_config.peft_type, "value", lora_config.peft_type)) != "LORA":
+        raise ValueError(f"only LoRA adapters can go into an add-on, not {lora_config.peft_type}.")
+    layers = {name: module for name, module in owner.named_modules() if isinstance(module, BaseTunerLayer)}
+    if any(module.merged for module in layers.values()):
+        raise ValueError("the LoRA adapter is merged; call unmerge_adapter() first, or save_pretrained everything.")
+    weights = get_peft_model_state_dict(owner, adapter_name=adapter, save_embedding_layers=False)
+    whole = sorted(name for name in weights if "lora_" not in name and not f"{prefix}{name}".startswith("zoom."))
+    if whole:
+        raise ValueError(
+            f"the adapter also trains whole weights of the VLM ({whole[0]}, …), which an add-on does not hold: merge it "
+            "(model.merge_lora()) and save everything with save_pretrained."
+        )
+    named = {f"base_model.model.{prefix}{name}": weight.contiguous() for name, weight in weights.items()}
+    named = {name: weight for name, weight in named.items() if "lora_" in name}
+    lora_config = copy.deepcopy(lora_config)
+    lora_config.target_modules = sorted(prefix + name for name in layers)
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        setattr(lora_config, name, None)
+    lora_config.inference_mode = True
+    return named, lora_config
+
+
+def branch_state(model) -> dict[str, Tensor]:
+    """The branches' own weights, dense, under the names of a model without an adapter."""
+    state: dict[str, Tensor] = {}
+    for name, weight in dense_state(model.zoom, model.dtype).items():
+        name = name.replace(".base_layer.", ".")
+        if "lora_" in name or name.startswith("original_module."):
+            continue
+        if name.startswith("modules_to_save."):  # peft's copy that is trained, by adapter
+            name = name.split(".", 2)[2]
+        state[f"zoom.{name}"] = weight.contiguous()
+    return state
+
+
+def write_addon(model, folder: Path, base: str, base_revision: str | None, recipe: Any, auto_map: dict) -> None:
+    """Writes an add-on: weights, configurations and the code that loads them.
+
+    Args:
+        recipe: the base's quantization recipe, None for a dense base.
+        auto_map: class references for config.json.
+    """
+    lora = lora_state(model)
+    branches = branch_state(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if recipe is not None:
+        config.quantization_config = vlm_recipe(recipe)
+    config.base_model_name_or_path, config.base_model_revision = base, base_revision
+    config.lora_subfolder = None if lora is None else LORA_FOLDER
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.auto_map = dict(auto_map)
+    save_file(branches, folder / "model.safetensors", metadata={"format": "pt"})
+    if model.is_remote_code():
+        custom_object_save(model, folder)
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if lora is not None:
+        weights, lora_config = lora
+        lora_config.base_model_name_or_path = base
+        (folder / LORA_FOLDER).mkdir(exist_ok=True)
+        lora_config.save_pretrained(folder / LORA_FOLDER)
+        save_file(weights, folder / LORA_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
