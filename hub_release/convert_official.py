@@ -2,12 +2,11 @@
 
 Reads Q-Zoom (Qwen2.5-VL, Qwen3-VL) and SD-RPN (Qwen2.5-VL, LLaVA-1.5) folders: safetensors, sharded or not, flat or
 nested key names, with or without `lm_head`, with or without a tokenizer. Branch depth, position alignment, budgets and
-image statistics come from the folder's own files.
+image statistics come from the folder's own files. `--base FOLDER` fills in what SD-RPN's training outputs lack (the
+layers above the branch, the final norm, `lm_head`, the vision tower, tokenizer and image settings) from the plain VLM.
 """
 
 import argparse
-import json
-import re
 import shutil
 import sys
 import tempfile
@@ -16,276 +15,232 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration  # noqa: E402
-from modeling_qzoom.backbones_qzoom import BACKBONES, spec_for_config, token_geometry  # noqa: E402
+from official_format import (  # noqa: E402
+    ConversionError,
+    branch_name,
+    image_settings,
+    is_unused,
+    official_name,
+    qzoom_config,
+    read_json,
+    vlm_name,
+)
+
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
+from modeling_qzoom.backbones_qzoom import spec_for_config  # noqa: E402
 
 
-# published thresholds: the authors tune them per benchmark group; documents need less zoom than high-resolution scenes
-_PRESETS = {
-    "qwen2_5_vl": {
-        "fast": {"region_threshold": 0.15, "gate_threshold": 0.10, "crop_min_tokens": 256, "crop_max_tokens": 576},
-        "balanced": {
-            "region_threshold": 0.125,
-            "gate_threshold": 0.05,
-            "crop_min_tokens": 256,
-            "crop_max_tokens": 576,
-        },
-        "accurate": {
-            "region_threshold": 0.04,
-            "gate_threshold": 0.02,
-            "crop_min_tokens": 512,
-            "crop_max_tokens": 4096,
-        },
-    },
-    "qwen3_vl": {
-        "fast": {"region_threshold": 0.15, "gate_threshold": 0.10, "crop_min_tokens": 256, "crop_max_tokens": 576},
-        "balanced": {"region_threshold": 0.15, "gate_threshold": 0.05, "crop_min_tokens": 256, "crop_max_tokens": 576},
-        "accurate": {
-            "region_threshold": 0.10,
-            "gate_threshold": 0.025,
-            "crop_min_tokens": 512,
-            "crop_max_tokens": 4096,
-        },
-    },
-    "llava": {
-        "fast": {"region_threshold": 0.15},
-        "balanced": {"region_threshold": 0.10},
-        "accurate": {"region_threshold": 0.05},
-    },
-}
-
-_BRANCH_KEY = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(twig_layers|high_res_layers)\.(\d+)\.(.+)$")
-_HEAD_KEY = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?high_res_head\.(weight|bias)$")
-_NORM_KEY = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?twig_norm\.weight$")
-_UNUSED_KEY = re.compile(r"^(?:model\.)?twig_head\.weight$")
-_SCORER_PARTS = re.compile(r"^(?:self_attn\.)?((?:input_layernorm|q_proj|k_proj|q_norm|k_norm)\.(?:weight|bias))$")
+_EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY_STEP = 64
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-class ConversionError(ValueError):
-    """The folder is not what it should be; the message says what is missing and what to do."""
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder, {} if it is not there."""
-    path = folder / name
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def weight_files(source: Path) -> list[Path]:
-    """The folder's safetensors files.
+def read_weights(folder: Path) -> dict[str, Any]:
+    """All weights of a folder by name, as safetensors slices that are read when they are needed.
 
     Raises:
-        ConversionError: there are none, or the index names a shard that is missing.
+        ConversionError: there are none, or the index names a file that is missing.
     """
-    index = read_json(source, "model.safetensors.index.json")
+    index = read_json(folder, "model.safetensors.index.json")
     if index:
-        files = [source / name for name in sorted(set(index["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise ConversionError(f"{source}: the index names shards that are missing: {missing[:3]}.")
-        return files
-    files = sorted(source.glob("model*.safetensors")) or sorted(source.glob("*.safetensors"))
+            raise ConversionError(f"{folder}: the index names files that are missing: {missing[:3]}.")
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
-        hint = " It holds .bin files; convert them to safetensors first." if list(source.glob("*.bin")) else ""
-        raise ConversionError(f"{source} holds no safetensors files.{hint}")
-    return files
+        hint = " It holds .bin files; convert them to safetensors first." if list(folder.glob("*.bin")) else ""
+        raise ConversionError(f"{folder} holds no safetensors files.{hint}")
+    weights = {}
+    for file in files:
+        handle = safe_open(file, "pt")
+        weights |= {key: handle.get_slice(key) for key in handle.keys()}
+    return weights
 
 
-def _setting(config: dict[str, Any], name: str) -> Any:
-    """A key of the authors' config, which Qwen3-VL repeats inside text_config; the top level wins."""
-    return config.get(name, config.get("text_config", {}).get(name))
+def _some(names: list[str]) -> str:
+    return f"{names[:4]}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
 
 
-def branch_key(key: str, depth: int) -> str | None:
-    """Our name of a branch weight of theirs; "" for weights that nothing uses, None for the VLM's own weights."""
-    if _UNUSED_KEY.match(key):
-        return ""
-    if match := _HEAD_KEY.match(key):
-        return f"zoom.gate.head.{match[1]}"
-    if _NORM_KEY.match(key):
-        return "zoom.region.norm.weight"
-    match = _BRANCH_KEY.match(key)
-    if match is None:
-        return None
-    branch, layer, rest = match[1], int(match[2]), match[3]
-    if branch == "high_res_layers":
-        return f"zoom.gate.layers.{layer}.{rest}"
-    if layer < depth - 1:
-        return f"zoom.region.layers.{layer}.{rest}"
-    # of the last layer only norm, queries and keys score; the authors store the rest unused
-    part = _SCORER_PARTS.match(rest)
-    return f"zoom.region.scorer.{part[1]}" if part else ""
-
-
-def backbone_config(source: Path, config: dict[str, Any]):
-    """The VLM's configuration without the authors' own keys."""
-    model_type = config.get("model_type")
-    aliases = {"llava_llama": "llava", "qwen2_5_vl_text": "qwen2_5_vl"}
-    model_type = aliases.get(model_type, model_type)
-    if model_type not in BACKBONES:
-        raise ConversionError(f"{source}: model_type {model_type!r} is not one of {sorted(BACKBONES)}.")
-    own = re.compile(r"^(twig_|roi_|high_res_|enable_twig|enable_high_res|reuse_src_pos|add_noise_to_roi|mm_config)")
-
-    def clean(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: clean(value) for key, value in part.items() if not own.match(key)}
-        return part
-
-    cleaned = {
-        key: value for key, value in clean(config).items() if key not in ("model_type", "min_pixels", "max_pixels")
-    }
-    cleaned.pop("architectures", None)
-    if model_type == "llava" and "text_config" not in cleaned:
-        return _llava_config(cleaned)
-    return AutoConfig.for_model(model_type, **cleaned)
-
-
-def _llava_config(flat: dict[str, Any]):
-    """LLaVA-1.5's original flat configuration (a LLaMA with `mm_*` keys) in transformers' form."""
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    } | flat.get("vision_config", {})
-    text = {key: value for key, value in flat.items() if not key.startswith(("mm_", "image_", "vision_"))}
-    return AutoConfig.for_model(
-        "llava",
-        text_config={**text, "model_type": "llama"},
-        vision_config=vision,
-        image_token_id=flat.get("image_token_index", flat.get("image_token_id", 32000)),
-        vision_feature_layer=flat.get("mm_vision_select_layer", -2),
-    )
-
-
-def qzoom_config(source: Path, keys: set[str]) -> QZoomConfig:
-    """Reads K, T, alignment, budgets and statistics from the folder.
+def translate_branches(source: Path, branches: dict[str, Any], config: QZoomConfig, wanted: list[str]) -> dict:
+    """Branch weights under our names.
 
     Args:
-        keys: names of all its weights.
-    """
-    config, preprocessor = read_json(source, "config.json"), read_json(source, "preprocessor_config.json")
-    if not config:
-        raise ConversionError(f"{source} holds no config.json.")
-    layer, depth = _setting(config, "twig_K"), _setting(config, "twig_T")
-    if layer is None or depth is None:
-        raise ConversionError(
-            f"{source}/config.json has no twig_K and twig_T: this is not a Q-Zoom or SD-RPN checkpoint."
-        )
-    vlm_config = backbone_config(source, config)
-    spec, geometry = spec_for_config(vlm_config), token_geometry(vlm_config)
-    has_gate = any("high_res_head" in key for key in keys)
-    gate_layer, gate_depth = _setting(config, "high_res_K"), _setting(config, "high_res_T")
-    if has_gate and (gate_layer not in (None, layer) or gate_depth not in (None, depth)):
-        raise ConversionError(
-            f"{source}: the gate reads at K={gate_layer}, T={gate_depth}, the region branch at K={layer}, T={depth}; one "
-            "model with two different branches is not supported."
-        )
-    fields: dict[str, Any] = {"presets": _PRESETS[vlm_config.model_type], "effort": None}
-    fields |= {key: value for key, value in fields["presets"]["balanced"].items() if key.endswith("threshold")}
-    if spec.mrope:
-        reuse = bool(_setting(config, "reuse_src_pos"))
-        fields["position_alignment"] = "continuous" if reuse else "sequential"
-        pixels = {key: config.get(key) or preprocessor.get(key) for key in ("min_pixels", "max_pixels")}
-        size = preprocessor.get("size") or {}
-        low, high = pixels["min_pixels"] or size.get("shortest_edge"), pixels["max_pixels"] or size.get("longest_edge")
-        area = geometry.token_side**2
-        fields["min_tokens"] = max(1, -(-low // area)) if low else 256
-        fields["max_tokens"] = max(1, high // area) if high else 576
-    for name in ("image_mean", "image_std"):
-        if preprocessor.get(name):
-            fields[name] = preprocessor[name]
-    return QZoomConfig(vlm_config=vlm_config, branch_layer=layer, branch_depth=depth, has_gate=has_gate, **fields)
-
-
-def convert_weights(
-    files: list[Path], depth: int, tied: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Splits a checkpoint into the VLM's weights (their names) and branch weights (ours)."""
-    vlm, branches = {}, {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():
-                name = branch_key(key, depth)
-                if name is None:
-                    if not (tied and key.endswith("lm_head.weight")):
-                        vlm[key] = weights.get_tensor(key)
-                elif name:
-                    branches[name] = weights.get_tensor(key)
-    return vlm, branches
-
-
-def convert(source: Path, output: Path) -> QZoomForConditionalGeneration:
-    """Writes a full Q-Zoom checkpoint and returns the loaded model.
+        source: for messages.
+        branches: by `official_format.branch_name`.
+        wanted: our names of all branch weights of the model.
 
     Raises:
-        ConversionError: bad source, or an output folder that is not empty.
+        ConversionError: some are missing, or there are some that the model has no place for.
     """
-    if not source.is_dir():
-        raise ConversionError(f"{source} is not a folder.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists and is not an empty folder; choose another one.")
-    files = weight_files(source)
-    keys: set[str] = set()
+    ours = {official_name(name, config.branch_depth): name for name in wanted}
+    place = f"{source} (K={config.branch_layer}, T={config.branch_depth}, gate: {config.has_gate})"
+    missing = sorted(ours.keys() - branches.keys())
+    if missing:
+        raise ConversionError(f"{place} lacks branch weights: {_some(missing)}.")
+    unexpected = sorted(name for name in branches.keys() - ours.keys() if not is_unused(name, config))
+    if unexpected:
+        raise ConversionError(f"{place} holds branch weights that belong to no layer: {_some(unexpected)}.")
+    return {ours[name]: branches[name] for name in ours}
+
+
+def _pad_rows(weight: Tensor, rows: int) -> Tensor:
+    """Repeats the mean row below, whose logit can never be the largest."""
+    extra = weight.float().mean(0, keepdim=True).to(weight.dtype).expand(rows - len(weight), -1)
+    return torch.cat([weight, extra])
+
+
+def fit_vocabulary(weights: dict[str, Any], config: QZoomConfig) -> None:
+    """Gives the image token of LLaVA-1.5 a row: the original vocabulary ends just before it.
+
+    Changes `weights` and the vocabulary size in `config`.
+    """
+    sizes = {name: weights[name].get_shape()[0] for name in _EMBEDDINGS if name in weights}
+    rows = max(sizes.values(), default=config.get_text_config().vocab_size)
+    if config.image_token_id >= rows:
+        rows = config.image_token_id + _VOCABULARY_STEP
+    for name, size in sizes.items():
+        if size < rows:
+            weights[name] = _pad_rows(weights[name][...], rows)
+    config.get_text_config().vocab_size = rows
+
+
+def _copy(folder: Path, patterns: tuple[str, ...], target: Path) -> list[str]:
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     for file in files:
-        with safe_open(file, "pt") as weights:
-            keys |= set(weights.keys())
-    config = qzoom_config(source, keys)
-    vlm, branches = convert_weights(files, config.branch_depth, bool(config.tie_word_embeddings))
-    if not spec_for_config(config.vlm_config).region_norm:
-        branches.pop("zoom.region.norm.weight", None)  # SD-RPN's Qwen files carry one that nothing uses
-    dtype = next(iter(branches.values())).dtype if branches else torch.bfloat16
-    config.dtype = dtype
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as work:
-        # the VLM's names are left to transformers' own conversion, one loading pass reads both files
-        save_file(vlm, Path(work) / "model-00001-of-00002.safetensors", {"format": "pt"})
-        save_file(branches, Path(work) / "model-00002-of-00002.safetensors", {"format": "pt"})
-        weight_map = dict.fromkeys(vlm, "model-00001-of-00002.safetensors")
-        weight_map |= dict.fromkeys(branches, "model-00002-of-00002.safetensors")
-        index = {"metadata": {}, "weight_map": weight_map}
-        (Path(work) / "model.safetensors.index.json").write_text(json.dumps(index))
-        config.save_pretrained(work)
-        try:
-            model = QZoomForConditionalGeneration.from_pretrained(work, dtype=dtype)
-        except ValueError as error:
-            raise ConversionError(f"{source}: {str(error).replace(work, str(source))}") from error
-    if (source / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    model.save_pretrained(output)
-    for pattern in ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
-        for file in source.glob(pattern):
-            shutil.copy(file, output / file.name)
+        shutil.copy(file, target / file.name)
+    return [file.name for file in files]
+
+
+def build_processor(folder: Path, config: QZoomConfig) -> QZoomProcessor | None:
+    """The folder's tokenizer and image processor as one; None where one of them is missing."""
+    square = spec_for_config(config.vlm_config).square_crop
+    if not image_settings(folder) or (square and "patch_size" not in read_json(folder, "processor_config.json")):
+        return None
+    with tempfile.TemporaryDirectory() as plain:
+        # the folder as a plain VLM of transformers would have it
+        if not _copy(folder, _TOKENIZER_FILES, Path(plain)):
+            return None
+        _copy(folder, _PROCESSOR_FILES, Path(plain))
+        config.vlm_config.save_pretrained(plain)
+        return QZoomProcessor.from_backbone(plain, min_tokens=config.min_tokens, max_tokens=config.max_tokens)
+
+
+def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration:
+    """The model of a folder in the authors' format; weights are read once, straight into it.
+
+    Args:
+        source: the folder.
+        base: folder of the plain VLM that supplies missing weights.
+
+    Raises:
+        ConversionError: something is missing or of an unknown kind.
+    """
+    vlm, branches = {}, {}
+    for key, weight in read_weights(source).items():
+        name = branch_name(key)
+        if name is None:
+            vlm[vlm_name(key)] = weight
+        else:
+            branches[name] = weight
+    config = qzoom_config(source, set(branches), base)
+    if not vlm:
+        raise ConversionError(f"{source} holds no weights but those of the branches.")
+    config.dtype = next(iter(vlm.values()))[...].dtype
+    if base is not None:
+        vlm = {vlm_name(key): weight for key, weight in read_weights(base).items()} | vlm
+    if config.tie_word_embeddings:
+        vlm.pop("lm_head.weight", None)
+    if spec_for_config(config.vlm_config).square_crop:
+        fit_vocabulary(vlm, config)
+    with torch.device("meta"):
+        wanted = list(QZoomForConditionalGeneration(config).state_dict())
+    weights = translate_branches(source, branches, config, [name for name in wanted if name.startswith("zoom.")])
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = {name.removeprefix("vlm.") for name in wanted if name.startswith("vlm.")}
+    missing = sorted(names - vlm.keys() - optional)
+    if missing:
+        hint = (
+            f"{base} lacks them too."
+            if base is not None
+            else "Outputs of SD-RPN's training end above the branch; name the plain VLM's folder with --base."
+        )
+        raise ConversionError(f"{source} lacks weights of the VLM: {_some(missing)}. {hint}")
+    try:
+        model = QZoomForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict={**vlm, **weights}, dtype=config.dtype
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConversionError(f"{source}: {error}") from error
+    for folder in (source, base):
+        if read_json(folder, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+            break
     return model
 
 
-def main() -> int:
-    """Command line."""
+def convert(source: Path, output: Path, base: Path | None = None) -> QZoomForConditionalGeneration:
+    """Writes a full Q-Zoom checkpoint, with a processor where there is one, and returns the model.
+
+    Args:
+        source: folder in the authors' format.
+        output: folder to write, absent or empty.
+        base: folder of the plain VLM, for what `source` lacks.
+
+    Raises:
+        ConversionError: bad source or base, or an output folder that is not empty.
+    """
+    for folder in filter(None, (source, base)):
+        if not folder.is_dir():
+            raise ConversionError(f"{folder} is not a folder.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} exists and is not an empty folder; choose another one.")
+    model = load_model(source, base)
+    processors = (build_processor(folder, model.config) for folder in filter(None, (source, base)))
+    processor = next(filter(None, processors), None)
+    model.save_pretrained(output)
+    if processor is not None:
+        processor.save_pretrained(output)
+    else:
+        _copy(source, _TOKENIZER_FILES, output)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder in the authors' format")
     parser.add_argument("output", type=Path, help="folder to write; absent or empty")
-    arguments = parser.parse_args()
+    parser.add_argument("--base", type=Path, help="folder of the plain VLM, for weights that SOURCE lacks")
+    parsed = parser.parse_args(arguments)
     try:
-        model = convert(arguments.source, arguments.output)
+        model = convert(parsed.source, parsed.output, parsed.base)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     config = model.config
     print(
-        f"wrote {arguments.output}: {config.vlm_config.model_type}, K={config.branch_layer}, T={config.branch_depth}, "
-        f"gate={'yes' if config.has_gate else 'no'}, positions={config.position_alignment}, "
-        f"budget={config.min_tokens}-{config.max_tokens} tokens"
+        f"wrote {parsed.output}: {config.vlm_config.model_type}, K={config.branch_layer}, T={config.branch_depth}, "
+        f"gate: {'yes' if config.has_gate else 'no'}, positions: {config.position_alignment or 'sequential'}, "
+        f"coarse view: {config.min_tokens or 'fixed'}-{config.max_tokens or 'fixed'} tokens"
     )
+    if not (parsed.output / "processor_config.json").exists():
+        print("no processor: SOURCE lacks a tokenizer or preprocessor_config.json; --base may supply both.")
     return 0
 
 

@@ -69,7 +69,7 @@ def train_backbone(work: Path, steps: tuple[int, int, int, int]) -> Path:
         if index == 0:
             train_tower(parts, steps[0], paths[0])
         else:
-            groups, decay = {1: ((14, 16, 0), 0.0), 2: ((8, 6, 10), 0.0), 3: ((6, 6, 12), 1.0)}[index]
+            groups, decay = {1: ((14, 16, 0, 0), 0.0), 2: ((8, 6, 0, 10), 0.0), 3: ((6, 0, 11, 7), 0.7)}[index]
             train_decoder(model, parts, tokenizer, steps[index], paths[index], groups, decay, seed=index)
     return paths[-1]
 

@@ -12,6 +12,7 @@ from .configuration_qzoom import QZoomConfig
 from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
 from .reports_qzoom import ZoomReport
+from .visualization_qzoom import overlay
 
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "QZoomOutput",
     "QZoomProcessor",
     "ZoomReport",
+    "overlay",
 ]
 
 AutoConfig.register("qzoom", QZoomConfig, exist_ok=True)

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
 
+from .options_qzoom import keep_zoom_options
 from .quantization_qzoom import aligned, dense_state, is_quantized, vlm_recipe
 
 
@@ -110,7 +111,10 @@ def load_lora(model, name: str | os.PathLike, subfolder: str = "", **hub) -> Non
         cached_file(name, file, subfolder=folder, **hub)
         for file in ("adapter_config.json", "adapter_model.safetensors")
     ]
+    # transformers remembers the conversions of the last load for saving, which must stay those of the whole model
+    conversions = getattr(model, "_weight_conversions", None)
     model.load_adapter(os.path.dirname(files[0]))
+    model._weight_conversions = conversions
     model.eval()
 
 
@@ -134,8 +138,11 @@ def check_vlm_unchanged(model, base: str, revision: str | None) -> Any:
         ValueError: the base cannot be read, or the VLM differs from it.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        placement = {"device_map": {"": "disk"}, "offload_folder": scratch} if is_accelerate_available() else {}
         try:
+            config = AutoConfig.from_pretrained(base, revision=revision)
+            placement = {}
+            if is_accelerate_available() and getattr(config, "quantization_config", None) is None:
+                placement = {"device_map": {"": "disk"}, "offload_folder": scratch}
             reference = AutoModelForImageTextToText.from_pretrained(base, revision=revision, **placement)
         except OSError as error:
             raise ValueError(
@@ -154,13 +161,14 @@ def check_vlm_unchanged(model, base: str, revision: str | None) -> Any:
 
 
 def _changed_weights(vlm: nn.Module, reference: nn.Module) -> list[str]:
+    originals = dict(reference.named_modules())
+    nothing = nn.Module()
     changed = []
     for name, module in vlm.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if not parameters or "lora_" in name:
+        if "lora_" in name:
             continue
         plain_name = name.replace(".base_layer", "")  # where LoRA wraps a layer
-        original = reference.get_submodule(plain_name)
+        original = originals.get(plain_name, nothing)
         with aligned(module), aligned(original):
             for key, parameter in module.named_parameters(recurse=False):
                 other = getattr(original, key, None)
@@ -178,7 +186,7 @@ def _adapter_of(model) -> tuple[nn.Module, str, Any] | None:
         if not adapters:
             continue
         if len(adapters) > 1:
-            raise ValueError(f"the model carries several adapters {sorted(adapters)}; keep one, e.g. by delete_adapter.")
+            raise ValueError(f"the model carries several adapters {sorted(adapters)}; keep one (delete_adapter).")
         return owner, prefix, next(iter(adapters.items()))
     return None
 
@@ -212,8 +220,8 @@ def lora_state(model) -> tuple[dict[str, Tensor], Any] | None:
     whole = sorted(name for name in weights if "lora_" not in name and not f"{prefix}{name}".startswith("zoom."))
     if whole:
         raise ValueError(
-            f"the adapter also trains whole weights of the VLM ({whole[0]}, …), which an add-on does not hold: merge it "
-            "(model.merge_lora()) and save everything with save_pretrained."
+            f"the adapter also trains whole weights of the VLM ({whole[0]}, …), which an add-on does not hold: merge "
+            "it (model.merge_lora()) and save everything with save_pretrained."
         )
     named = {f"base_model.model.{prefix}{name}": weight.contiguous() for name, weight in weights.items()}
     named = {name: weight for name, weight in named.items() if "lora_" in name}
@@ -238,14 +246,17 @@ def branch_state(model) -> dict[str, Tensor]:
     return state
 
 
-def write_addon(model, folder: Path, base: str, base_revision: str | None, recipe: Any, auto_map: dict) -> None:
-    """Writes an add-on: weights, configurations and the code that loads them.
+def write_addon(model, folder: Path, base: str, base_revision: str | None, auto_map: dict[str, str]) -> None:
+    """Checks that an add-on can stand for this model, and writes it: weights, configurations and code.
 
     Args:
-        recipe: the base's quantization recipe, None for a dense base.
         auto_map: class references for config.json.
+
+    Raises:
+        ValueError: as `lora_state` and `check_vlm_unchanged`; nothing is written then.
     """
     lora = lora_state(model)
+    recipe = check_vlm_unchanged(model, base, base_revision)
     branches = branch_state(model)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -263,6 +274,7 @@ def write_addon(model, folder: Path, base: str, base_revision: str | None, recip
         custom_object_save(model, folder)
     config.save_pretrained(folder)
     if model.generation_config is not None:
+        keep_zoom_options(model.generation_config)
         model.generation_config.save_pretrained(folder)
     if lora is not None:
         weights, lora_config = lora

@@ -133,6 +133,8 @@ def count_images(vlm_config, input_ids: Tensor, image_grid_thw: Tensor | None) -
         return len(image_grid_thw)
     tokens = int((input_ids == vlm_config.image_token_id).sum())
     geometry = token_geometry(vlm_config)
+    if not tokens:
+        return 0
     if geometry.image_size is None:
         raise ValueError(
             "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
@@ -182,5 +184,6 @@ def prompt_positions(vlm, spec: BackboneSpec, input_ids: Tensor, attention_mask:
     if vision.get("mm_token_type_ids") is None:
         types = (input_ids == vlm.config.image_token_id).int() + 2 * (input_ids == vlm.config.video_token_id).int()
         vision = {**vision, "mm_token_type_ids": types}
+    vlm = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm  # a VLM in a wrapper of peft
     grid, _ = vlm.base_model.get_rope_index(input_ids, attention_mask=attention_mask, **vision)
     return torch.cat([text[None], grid.to(text)], dim=0)

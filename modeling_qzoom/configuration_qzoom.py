@@ -3,7 +3,7 @@
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbones_qzoom import spec_for_config
+from .backbones_qzoom import spec_for_config, spec_for_model_type
 from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, validate_options
 
 
@@ -79,6 +79,7 @@ class QZoomConfig(PreTrainedConfig):
         if isinstance(vlm_config, dict):
             vlm_config = dict(vlm_config)
             model_type = vlm_config.pop("model_type", "qwen2_5_vl")
+            spec_for_model_type(model_type)  # its error is the clearer one
             vlm_config = AutoConfig.for_model(model_type, **vlm_config)
         self.vlm_config = vlm_config
         self.branch_layer = branch_layer
@@ -92,6 +93,8 @@ class QZoomConfig(PreTrainedConfig):
         self.crop_max_tokens = crop_max_tokens
         self.position_alignment = position_alignment
         self.effort = effort
+        if not isinstance(presets, (dict, type(None))):
+            raise ValueError(f"presets must be a dict of options by preset name, got {presets!r}.")
         self.presets = dict(presets or {})
         self.min_tokens = min_tokens
         self.max_tokens = max_tokens

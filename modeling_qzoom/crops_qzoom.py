@@ -63,8 +63,12 @@ def fit_budget(height: int, width: int, recipe: CropRecipe) -> tuple[int, int]:
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """(3, h, w) uint8 → (3, *size) float32 whole grey levels, as an image library would store them."""
-    resized = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].round().clamp(0, 255)
+    resized = pixels[None].float()
+    # image libraries store grey levels after the horizontal pass too, which clips overshoots at sharp edges; rounding
+    # there as they do would let a tie that falls the other way grow to two levels in the vertical pass
+    for step in ((pixels.shape[1], size[1]), size):
+        resized = F.interpolate(resized, step, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return (resized[0] + 0.5).floor()  # halves up: upscaling by simple ratios is full of them
 
 
 def _normalize(pixels: Tensor, recipe: CropRecipe) -> Tensor:

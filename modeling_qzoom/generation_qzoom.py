@@ -71,23 +71,44 @@ class QZoomGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # the VLM's own method keeps rope_deltas on the module, where a second thread would read them; ours travel with
         # the cache that they belong to
-        is_ids = inputs_tensor.ndim == 2 and not inputs_tensor.is_floating_point()
-        cache = model_kwargs.get("past_key_values")
+        text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        spec = spec_for_config(self.config.vlm_config)
+        cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
         cached = 0 if cache is None else cache.get_seq_length()
-        types = model_kwargs.get("mm_token_type_ids")
         if cached > 0 and (types is None or not types[:, cached:].any()):
             offset = getattr(cache, POSITION_OFFSET, None)
-            if offset is not None:
-                text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-                return (text + offset.to(text.device))[None]
-            return self.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if not is_ids:
-            return self.vlm._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            if not spec.mrope:
+                return text
+            return text[None] if offset is None else (text + offset.to(text.device))[None]
+        given = model_kwargs.get("input_ids")
+        input_ids = inputs_tensor if given is None or given.shape[1] == 0 else given
+        if input_ids.ndim != 2 or input_ids.is_floating_point():  # embeddings, which hide where images are
+            return text[None].expand(4, -1, -1) if spec.mrope else text
         mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(inputs_tensor) if mask is None else mask
+        mask = torch.ones_like(input_ids) if mask is None else mask
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         vision = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
-        return prompt_positions(self.vlm, spec_for_config(self.config.vlm_config), inputs_tensor, mask, **vision)
+        return prompt_positions(self.vlm, spec, input_ids, mask, **vision)
+
+    def _forward_positions(self, input_ids, attention_mask, cache, vision) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of a plain forward pass where the VLM would read or leave an offset on itself, and that offset."""
+        spec = spec_for_config(self.config.vlm_config)
+        cached = 0 if cache is None else cache.get_seq_length()
+        length = cached + input_ids.shape[1]
+        if cached > 0:
+            offset = getattr(cache, POSITION_OFFSET, None)
+            if offset is None:
+                return None, None
+            mask = input_ids.new_ones(len(input_ids), length) if attention_mask is None else attention_mask
+            text = (mask.long().cumsum(-1) - 1)[:, cached:]  # (B, n)
+            return (text + offset.to(text.device))[None].expand(3, -1, -1), None
+        if not spec.mrope or not {"image_grid_thw", "video_grid_thw"} & set(vision):
+            return None, None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
+        grids = {name: vision[name] for name in names if name in vision}
+        positions = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
+        return positions, positions[1:].amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
@@ -171,7 +192,7 @@ class QZoomGenerationMixin(GenerationMixin):
         encoded = request.encoder_outputs
         embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
         positions = positions[-3:] if positions.ndim == 3 else positions
-        position_embeddings = rotary(decoder, embeds, positions.to(embeds.device))
+        position_embeddings = rotary(decoder, embeds, positions)
         mask = causal_mask(decoder, embeds, attention_mask, cache)
         layer_k, last_layer = self.config.branch_layer, len(decoder.layers)
         passing = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}

@@ -71,7 +71,7 @@ def causal_mask(decoder: nn.Module, hidden_states: Tensor, attention_mask: Tenso
 
 def rotary(decoder: nn.Module, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (B, n, head_dim), of (3, B, n) or (B, n) positions, fractional ones included."""
-    return decoder.rotary_emb(hidden_states, positions)
+    return decoder.rotary_emb(hidden_states, positions.to(hidden_states.device))
 
 
 def run_layers(

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoModelForImageTextToText
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .addons_qzoom import (
-    check_vlm_unchanged,
     has_unmerged_lora,
     holds_only_branches,
     load_lora,
@@ -22,14 +21,16 @@ from .addons_qzoom import (
 from .backbones_qzoom import spec_for_config, spec_for_model_type
 from .branches_qzoom import ZoomBranches
 from .configuration_qzoom import QZoomConfig
+from .options_qzoom import keep_zoom_options
 from .quantization_qzoom import (
     UNQUANTIZED,
-    UNQUANTIZED_FRESH,
-    adopt_loading,
+    adopt_placement,
+    adopt_quantizer,
     dense_state,
+    execution_device,
     keep_output_embedding_dense,
-    lift_recipe,
     protect_from_quantization,
+    restore_storage_format,
 )
 
 
@@ -39,6 +40,13 @@ _HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies"
 
 def _hub_keywords(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: kwargs[key] for key in (*_HUB_KEYWORDS, *more) if kwargs.get(key) is not None}
+
+
+def _attention_by_part(config) -> dict[str, Any]:
+    """A configuration's attention implementations in the form that `attn_implementation=` takes."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    nested = {name: _attention_by_part(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return {"": config._attn_implementation, **nested}
 
 
 def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
@@ -79,9 +87,9 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         wrong = sorted(key for key in keys if key.startswith("zoom."))
         if wrong:
             raise ValueError(
-                f"{name} {meaning} branch weights, so its branches would be random or incomplete: {', '.join(wrong[:4])}"
-                f"{', …' if len(wrong) > 4 else ''} ({len(wrong)} in all). Check branch_layer, branch_depth and has_gate "
-                "in its config, or attach fresh branches with from_backbone."
+                f"{name} {meaning} branch weights, so its branches would be random or incomplete: "
+                f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''} ({len(wrong)} in all). Check branch_layer, "
+                "branch_depth and has_gate in its config, or attach fresh branches with from_backbone."
             )
     check_vlm_complete(name, info)
 
@@ -117,8 +125,8 @@ class QZoomLoadingMixin:
             branch_depth: T, decoder layers of a branch.
             has_gate: also attach a gate.
             zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics.
-            kwargs: `from_pretrained` arguments (`dtype`, `device_map`, `quantization_config`, …) for a name. The branches
-                stay in 16 bit, so that they can be trained; quantize them when they are done.
+            kwargs: `from_pretrained` arguments of the plain VLM (`dtype`, `device_map`, `quantization_config`, …) for
+                a name. The branches stay in 16 bit, so that they can be trained; quantize them when they are done.
 
         Returns:
             A model in evaluation mode.
@@ -131,38 +139,33 @@ class QZoomLoadingMixin:
         if isinstance(vlm, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
-            return cls._around(vlm, QZoomConfig(vlm_config=vlm.config, **fields))
+            return cls._around(vlm, fields)
         name = os.fspath(vlm)
         # the model type first: transformers' own message on one that it does not know would not help
         found, _ = PreTrainedConfig.get_config_dict(name, **_hub_keywords(kwargs, "subfolder"))
         spec_for_model_type(found.get("model_type"))
-        vlm_config = AutoConfig.from_pretrained(name, **_hub_keywords(kwargs, "subfolder"))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], ("lm_head",))
+        plain, info = AutoModelForImageTextToText.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+        check_vlm_complete(name, info)
         fields.setdefault("base_model_name_or_path", os.path.abspath(name) if os.path.isdir(name) else name)
         fields.setdefault("base_model_revision", kwargs.get("revision"))
-        config = QZoomConfig(vlm_config=vlm_config, **fields)
-        lift_recipe(config)
-        if kwargs.get("quantization_config") is not None:
-            recipe = protect_from_quantization(kwargs["quantization_config"], UNQUANTIZED_FRESH)
-            kwargs["quantization_config"] = recipe
-        model, info = super().from_pretrained(name, config=config, **{**kwargs, "output_loading_info": True})
-        check_vlm_complete(name, info)
-        keep_output_embedding_dense(model)
-        copy_branches_from_decoder(model.zoom, model.get_decoder(), branch_layer, branch_depth)
-        return model.eval()
+        return cls._around(plain, fields)
 
     @classmethod
-    def _around(cls, vlm: PreTrainedModel, config: QZoomConfig):
+    def _around(cls, vlm: PreTrainedModel, fields: dict[str, Any]):
         if has_unmerged_lora(vlm):
             raise ValueError(
                 "the VLM carries LoRA adapters, which the branches cannot copy; merge them first (merge_and_unload of "
                 "peft), or attach the branches before the adapters."
             )
-        implementation = vlm.config._attn_implementation
+        attention = _attention_by_part(vlm.config)
+        config = QZoomConfig(vlm_config=vlm.config, **fields)
+        config._attn_implementation = {"": attention[""], "vlm_config": attention}
         with torch.device("meta"):
             model = cls(config)
         decoder = vlm.get_decoder()
-        device = next(decoder.layers[config.branch_layer].parameters()).device
-        device = torch.device("cpu") if device.type == "meta" else device
+        device = execution_device(decoder.layers[config.branch_layer - 1])
         model.vlm = vlm
         dtype = vlm.dtype if vlm.dtype.is_floating_point else torch.bfloat16
         model.zoom = ZoomBranches(config, decoder, spec_for_config(config.vlm_config)).to(device, dtype)
@@ -173,7 +176,8 @@ class QZoomLoadingMixin:
         model.generation_config = copy.deepcopy(vlm.generation_config)
         config.base_model_name_or_path = config.base_model_name_or_path or vlm.config._name_or_path or None
         config.dtype = dtype
-        adopt_loading(model, vlm, device)
+        adopt_placement(model, vlm, device)
+        adopt_quantizer(model, vlm)
         return model.eval()
 
     @classmethod
@@ -193,8 +197,8 @@ class QZoomLoadingMixin:
             base_model_name_or_path: where an add-on's base model is now.
 
         Raises:
-            ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, or an add-on's base cannot
-                be found.
+            ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, or an add-on's base
+                cannot be found.
             ImportError: the add-on has a LoRA adapter and peft is missing.
         """
         name = pretrained_model_name_or_path
@@ -203,8 +207,8 @@ class QZoomLoadingMixin:
             found, _ = PreTrainedConfig.get_config_dict(config or name, **_hub_keywords(kwargs, "subfolder"))
             if found.get("model_type") != QZoomConfig.model_type:
                 raise ValueError(
-                    f"{config or name} holds a plain {found.get('model_type')!r} model, not a Q-Zoom checkpoint; attach "
-                    "fresh branches with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
+                    f"{config or name} holds a plain {found.get('model_type')!r} model, not a Q-Zoom checkpoint; "
+                    "attach fresh branches with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
                 )
         if base_model_name_or_path is not None:
             base = os.fspath(base_model_name_or_path)
@@ -217,6 +221,7 @@ class QZoomLoadingMixin:
             kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], UNQUANTIZED)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         check_loading_info(str(name), info)
+        keep_output_embedding_dense(model)
         if model.config.lora_subfolder is not None:
             load_lora(model, name, kwargs.get("subfolder", ""), **_hub_keywords(kwargs))
         return (model, info) if output_loading_info else model
@@ -236,6 +241,11 @@ class QZoomLoadingMixin:
 
         return {"AutoConfig": reference(type(self.config)), **dict.fromkeys(AUTO_CLASSES, reference(type(self)))}
 
+    def _keep_generation_options(self) -> None:
+        # from a generation config that was derived from a model config, transformers reads no zoom options back
+        if self.generation_config is not None:
+            self.generation_config._from_model_config = False
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Saves a full checkpoint: VLM, branches, configuration and code; arguments as for any model of transformers.
 
@@ -245,11 +255,14 @@ class QZoomLoadingMixin:
         if has_unmerged_lora(self) and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "the model carries an unmerged LoRA adapter, whose weights a full checkpoint has no place for. "
-                "save_addon(folder) keeps branches and adapter; merge_lora() makes the model one that can be saved here."
+                "save_addon(folder) keeps branches and adapter; merge_lora() makes it a model that can be saved here."
             )
         # transformers records only the class through which a model was loaded
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self._auto_map()}
         self.config.lora_subfolder = None
+        self._keep_generation_options()
+        restore_storage_format(self)
+        keep_zoom_options(self.generation_config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_addon(
@@ -261,8 +274,8 @@ class QZoomLoadingMixin:
     ) -> None:
         """Saves what this model adds to its base: branches, unmerged LoRA adapter, configuration and code.
 
-        `from_pretrained(save_directory)` loads base and add-on in one go. Weights are saved in 16 or 32 bit, also from a
-        quantized model; ask for quantization again when loading.
+        `from_pretrained(save_directory)` loads base and add-on in one go. Weights are saved in 16 or 32 bit, also from
+        a quantized model; ask for quantization again when loading.
 
         Args:
             save_directory: created if missing.
@@ -279,19 +292,24 @@ class QZoomLoadingMixin:
         revision = base_model_revision or revision
         if base is None:
             raise ValueError("no base model is known; pass save_addon(…, base_model_name_or_path=…).")
-        recipe = check_vlm_unchanged(self, base, revision)
-        write_addon(self, Path(save_directory), base, revision, recipe, self._auto_map())
+        self._keep_generation_options()
+        write_addon(self, Path(save_directory), base, revision, self._auto_map())
 
     def merge_lora(self) -> None:
         """Adds an unmerged LoRA adapter to the weights it belongs to and takes it off; nothing to do without one."""
         if not has_unmerged_lora(self):
             return
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
 
+        if hasattr(self.vlm, "get_base_model"):
+            self.vlm = self.vlm.get_base_model()
         for name, module in list(self.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 module.merge(safe_merge=True)
                 self.set_submodule(name, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper):
+                self.set_submodule(name, next(iter(module.modules_to_save.values())))
         for owner in (self, self.vlm):
             vars(owner).pop("peft_config", None)
             owner._hf_peft_config_loaded = False

@@ -8,12 +8,12 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .backbones_qzoom import count_images, image_grids, prompt_positions, spec_for_config
+from .backbones_qzoom import count_images, image_grids, spec_for_config
 from .branches_qzoom import ZoomBranches
 from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import plain_reports
 from .fusion_qzoom import image_spans
-from .generation_qzoom import REQUEST, QZoomGenerationMixin
+from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
 from .layers_qzoom import check_decoder
 from .loading_qzoom import QZoomLoadingMixin
 from .options_qzoom import resolve_options
@@ -181,14 +181,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 self, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
             )
             return QZoomOutput(loss=loss, logits=logits)
-        if position_ids is None and input_ids is not None and past_key_values is None:
-            spec = spec_for_config(self.config.vlm_config)
-            if spec.mrope:
-                # the VLM would leave its position offset on the module
-                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
-                grids = {name: vision[name] for name in names if name in vision}
-                position_ids = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
+        offset = None
+        if position_ids is None and input_ids is not None:
+            position_ids, offset = self._forward_positions(input_ids, attention_mask, past_key_values, vision)
         outputs = self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -202,6 +197,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             **vision,
             **kwargs,
         )
+        if offset is not None and outputs.past_key_values is not None:
+            setattr(outputs.past_key_values, POSITION_OFFSET, offset)
         return QZoomOutput(
             loss=outputs.loss,
             logits=outputs.logits,

@@ -47,21 +47,6 @@ def protect_from_quantization(quantization_config, names: tuple[str, ...]):
     return protected
 
 
-def lift_recipe(config) -> None:
-    """Moves a pre-quantized VLM's recipe to the top of a `QZoomConfig`, where loading looks for it, with our names.
-
-    The output embedding joins the skip list later, in `keep_output_embedding_dense`: it may be quantized in the files.
-    """
-    recipe = getattr(config.vlm_config, "quantization_config", None)
-    if recipe is None:
-        return
-    own = recipe.get(_SKIP_LISTS[0]) if isinstance(recipe, dict) else getattr(recipe, _SKIP_LISTS[0], None)
-    # without a list of its own, transformers has left the output embedding out
-    names = ("zoom",) if own else UNQUANTIZED_FRESH
-    config.quantization_config = protect_from_quantization(recipe, names)
-    del config.vlm_config.quantization_config
-
-
 def is_quantized(parameter: Tensor) -> bool:
     return not (parameter.is_floating_point() or parameter.is_complex())
 
@@ -75,14 +60,35 @@ def aligned(module: nn.Module):
     return align_module_device(module)
 
 
+def restore_storage_format(module: nn.Module) -> None:
+    """Undoes the packing of 4-bit weights that bitsandbytes does at their first use on some CPUs.
+
+    bitsandbytes' own way back (as of 0.50) leaves the block scales transposed, so that a model saved or dequantized
+    after it has been used would differ. The next use packs them again.
+    """
+    for child in module.modules():
+        weight = getattr(child, "weight", None)
+        if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            continue
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        # its double quantization would round the block scales anew; they are saved as they are used
+        weight.quant_state.original_nested = False
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        if state.absmax.ndim == 2:  # (blocks in a row, rows)
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight.quant_state = state
+
+
 def _dequantize(module: nn.Module, parameter: nn.Parameter) -> Tensor:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+    restore_storage_format(module)
     dense = dequantize_bnb_weight(parameter, getattr(module, "state", None))
     if is_quantized(dense):
         raise ValueError(
-            f"the weights of {type(module).__name__} are quantized by a method that Q-Zoom cannot undo; load the VLM in 16 "
-            "bit or with bitsandbytes."
+            f"the weights of {type(module).__name__} are quantized by a method that Q-Zoom cannot undo; load the VLM "
+            "in 16 bit or with bitsandbytes."
         )
     return dense.clone()
 
@@ -107,40 +113,67 @@ def dense_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
 
 
 def keep_output_embedding_dense(model) -> None:
-    """Dequantizes an output embedding that came quantized with its VLM, and puts it on the recipe's skip list."""
-    recipe = getattr(model.config, "quantization_config", None)
-    if recipe is None:
-        return
+    """Dequantizes an output embedding that its checkpoint holds quantized, and puts it on the skip list."""
     head = model.get_output_embeddings()
-    if head is not None and is_quantized(head.weight):
-        dense = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-        dense.load_state_dict(dense_state(head, model.dtype), assign=True)
-        model.set_output_embeddings(dense.requires_grad_(False))
-    model.config.quantization_config = protect_from_quantization(recipe, UNQUANTIZED_FRESH)
+    if head is None or not is_quantized(head.weight):
+        return
+    dense = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+    dense.load_state_dict(dense_state(head, model.dtype), assign=True)
+    model.set_output_embeddings(dense.requires_grad_(False))
+    recipe = getattr(model.config, "quantization_config", None)
+    _set_recipe(model, protect_from_quantization(recipe, UNQUANTIZED))
+
+
+def _set_recipe(model, recipe) -> None:
+    model.config.quantization_config = recipe
     if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.quantization_config = model.config.quantization_config
+        model.hf_quantizer.quantization_config = recipe
 
 
-def adopt_loading(model, vlm: nn.Module, zoom_device: torch.device) -> None:
-    """Takes over what `from_pretrained` has recorded on a VLM: its quantizer and its device map.
+def adopt_quantizer(model, vlm: nn.Module) -> None:
+    """Makes a Q-Zoom model around a quantized VLM one that saves and loads as a quantized model.
 
-    Args:
-        model: the Q-Zoom model around `vlm`.
-        zoom_device: where its branches are.
+    The VLM's recipe moves to the top of the config, where loading looks for it, with names of the whole model.
     """
-    placement = getattr(vlm, "hf_device_map", None)
-    if placement is not None:
-        model.hf_device_map = {f"vlm.{name}" if name else "vlm": device for name, device in placement.items()}
-        model.hf_device_map["zoom"] = str(zoom_device)
     quantizer = getattr(vlm, "hf_quantizer", None)
     if quantizer is None:
         return
-    lift_recipe(model.config)
     model.hf_quantizer = copy.copy(quantizer)
+    _set_recipe(model, protect_from_quantization(quantizer.quantization_config, UNQUANTIZED_FRESH))
+    del model.config.vlm_config.quantization_config
+    keep_output_embedding_dense(model)
     for name in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(vlm, name):
             setattr(model, name, getattr(vlm, name))
-    keep_output_embedding_dense(model)
+
+
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes, also if its weights are offloaded."""
+    for module in layer.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(layer.parameters()).device
+
+
+def adopt_placement(model, vlm: nn.Module, device: torch.device) -> None:
+    """Takes a VLM's device map over, and makes the branches fetch their inputs.
+
+    Args:
+        model: the Q-Zoom model around `vlm`.
+        device: where its branches are.
+    """
+    placement = getattr(vlm, "hf_device_map", None)
+    if placement is None:
+        return
+    model.hf_device_map = {f"vlm.{name}" if name else "vlm": target for name, target in placement.items()}
+    model.hf_device_map["zoom"] = device.index if device.index is not None else device.type
+    if len(set(placement.values())) == 1 and "disk" not in placement.values():
+        return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for branch in model.zoom.children():
+        add_hook_to_module(branch, AlignDevicesHook(execution_device=device))
 
 
 def vlm_recipe(quantization_config: Any) -> Any:

@@ -48,7 +48,7 @@ def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision:
     grids = {key: vision[key] for key in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids") if key in vision}
     positions = prompt_positions(vlm, spec_for_config(config.vlm_config), input_ids, valid, **grids)
     positions = positions[-3:] if positions.ndim == 3 else positions
-    position_embeddings = rotary(decoder, embeds, positions.to(embeds.device))
+    position_embeddings = rotary(decoder, embeds, positions)
     mask = causal_mask(decoder, embeds, valid, None)
     return CoarseView(
         input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, embeds, encoded.get("image")
@@ -128,15 +128,21 @@ def branch_pass(
     view = run_to_branch(model, coarse_view(model, input_ids, attention_mask, vision))
     if query_positions is None:
         query_positions = _last_valid(view.valid)
+    _check_queries(query_positions, input_ids)
     absent = query_positions < 0
     queries = query_positions.clamp(min=0)
     result: dict[str, Any] = {}
     if gate_targets is not None:
         if model.zoom.gate is None:
             raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+        if gate_targets.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
+            )
         logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
         result["gate_logits"] = logits
-        result["gate_loss"] = masked_bce(logits, gate_targets.to(logits.device))
+        asked = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
+        result["gate_loss"] = masked_bce(logits, asked)
     if region_targets is not None:
         if len(region_targets) != len(input_ids):
             raise ValueError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
@@ -156,10 +162,20 @@ def branch_pass(
                     targets[row] = [_ignore_queries(part, hidden) for part in targets[row]]
             result["region_loss"] = region_loss(logits, targets)
         else:
-            result["region_loss"] = view.hidden.sum() * 0.0
+            # zero with a gradient, also below a frozen backbone
+            result["region_loss"] = sum(weight.sum() for weight in model.zoom.region.parameters()) * 0.0
         result["region_logits"] = logits
     result["loss"] = sum(result[name] for name in ("region_loss", "gate_loss") if name in result)
     return result
+
+
+def _check_queries(query_positions: Tensor, input_ids: Tensor) -> None:
+    rows, length = input_ids.shape
+    if query_positions.ndim != 2 or len(query_positions) != rows or int(query_positions.max()) >= length:
+        raise ValueError(
+            f"query_positions must be ({rows}, Q) columns below {length}, or -1, got shape "
+            f"{tuple(query_positions.shape)} with a largest value of {int(query_positions.max())}."
+        )
 
 
 def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
@@ -180,11 +196,17 @@ def _given_crops(model, request: ZoomRequest, zoom_boxes, device) -> list[Crop]:
             continue
         entry = entry.tolist() if isinstance(entry, Tensor) else entry
         image, box = entry if len(entry) == 2 else (0, entry)
-        if image >= len(request.spans[row]):
+        if not 0 <= image < len(request.spans[row]):
             raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
         span = request.spans[row][image]
         source = request.sources[span.index]
         box = tuple(int(value) for value in box)
+        height, width = source.shape[1:]
+        if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+            raise ValueError(
+                f"zoom_boxes: the box {box} of row {row} is empty or leaves its image of {width} × {height} pixels; "
+                "boxes are (x0, y0, x1, y1) in source pixels, end exclusive."
+            )
         try:
             pixel_values, grid = crop_region(source.to(device), box, recipe)
         except CropError as error:
@@ -248,7 +270,7 @@ def fused_language_pass(
         0,
         len(decoder.layers),
         mask=causal_mask(decoder, embeds, mask, None),
-        position_embeddings=rotary(decoder, embeds, positions.to(embeds.device)),
+        position_embeddings=rotary(decoder, embeds, positions),
         deepstack=fused_deepstack(view, rows, features, length, full=True),
     )
     logits = model.get_output_embeddings()(decoder.norm(hidden))

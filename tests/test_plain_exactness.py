@@ -24,9 +24,8 @@ MODELS = [("qwen2_5_vl", 3), ("qwen3_vl", 3), ("qwen3_vl", 1), ("llava", 3)]
 
 
 def generate(model, inputs: dict, **options):
-    return model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True, do_sample=False, **options
-    )
+    options = {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True, **options}
+    return model.generate(**inputs, do_sample=False, **options)
 
 
 def assert_identical(ours, theirs) -> None:

@@ -188,9 +188,8 @@ def test_no_budget_means_as_configured():
     assert processor._get_num_multimodal_tokens([(280, 280)])["num_image_tokens"] == [9]
     size = {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}
     for given in ({"size": size}, {"images_kwargs": {"size": size}}):
-        assert token_counts(processor, processor(images=[noise(280, 280)], text=processor.image_token, **given)) == [
-            16
-        ]
+        for one in (processor, qwen_processor(max_tokens=4)):  # an explicit size wins
+            assert token_counts(one, one(images=[noise(280, 280)], text=one.image_token, **given)) == [16]
     with pytest.raises(ValueError, match="give one"):
         processor(images=[noise(280, 280)], text=processor.image_token, size=size, max_tokens=4)
 

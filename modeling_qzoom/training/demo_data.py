@@ -60,12 +60,31 @@ def crop_sample(rng: random.Random) -> Sample:
             return Sample(view, [Segment(_fine(page, index, rng)) for index in chosen])
 
 
-def whole_sample(rng: random.Random) -> Sample:
-    """A whole page with large, legible codes and questions of both kinds: learns to search, best among few items."""
+def part_sample(rng: random.Random) -> Sample:
+    """A large part of a page, several legible codes at once: learns to search where it can read."""
     while True:
-        kind = rng.random()
-        page = _page(rng, FEW if kind < 0.5 else LARGE if kind < 0.85 else MIXED)
-        view = whole_view(page, rng.choice([COARSE_TOKENS, COARSE_TOKENS, COARSE_TOKENS, 144]))
+        page = _page(rng, MIXED)
+        view = item_view(page, rng.randrange(len(page.items)), rng.choice([64, 100]), rng, (9, 13))
+        if len(view.legible) > 1:
+            chosen = rng.sample(view.legible, min(5, len(view.legible)))
+            return Sample(view, [Segment(_fine(page, index, rng)) for index in chosen])
+
+
+def search_sample(rng: random.Random) -> Sample:
+    """Several legible codes in one view, no crop."""
+    return part_sample(rng) if rng.random() < 0.4 else whole_sample(rng, few_share=0.2)
+
+
+def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
+    """A whole page with large, legible codes and questions of both kinds.
+
+    Args:
+        few_share: Share of pages with two or three items only, where searching is easier to learn.
+    """
+    while True:
+        few = rng.random() < few_share
+        page = _page(rng, FEW if few else LARGE)
+        view = whole_view(page, COARSE_TOKENS if few else rng.choice([COARSE_TOKENS, 100, 144]))
         if view.legible:
             chosen = rng.sample(view.legible, min(4, len(view.legible)))
             segments = [Segment(_fine(page, index, rng)) for index in chosen]

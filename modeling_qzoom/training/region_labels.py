@@ -73,7 +73,7 @@ def pool_map(attention: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def response_maps(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: Tensor) -> list[list[Tensor]]:
-    """Attention from each segment's answer tokens to the page's image tokens, averaged over the answer.
+    """Attention to the page's image tokens from the places that predict a segment's answer, averaged over them.
 
     The decoder has to run with eager attention, the only one that returns its weights.
 
@@ -97,8 +97,8 @@ def response_maps(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image
         page = (batch.input_ids[row] == model.config.image_token_id) & (batch.segment[row] == 0)
         maps.append([])
         for number in range(1, int(batch.segment[row].max()) + 1):
-            # the first labelled place is the last prompt token; the answer's own tokens follow it
-            answer = ((batch.segment[row] == number) & (batch.labels[row] != IGNORE)).nonzero().flatten()[1:]
+            # a place looks for what it predicts next; the last one predicts the end, which is nowhere on the page
+            answer = ((batch.segment[row] == number) & (batch.labels[row] != IGNORE)).nonzero().flatten()[:-1]
             seen = stacked[row][:, :, answer][..., page].mean(2)
             maps[-1].append(seen.view(*seen.shape[:2], *view.grid))
     return maps

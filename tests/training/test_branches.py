@@ -10,24 +10,9 @@ from modeling_qzoom.evaluation.synthetic import (
     coarse_questions,
     code_question,
     draw_page,
-    question_corpus,
 )
 from modeling_qzoom.training.branches import BranchRow, balance, prompt_inputs, train_branch
-from modeling_qzoom.training.demo_checkpoint import attach_branches
-from modeling_qzoom.training.demo_model import build_backbone, demo_config
-from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
 from modeling_qzoom.training.views import whole_view
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer(question_corpus())
-
-
-@pytest.fixture
-def model(tokenizer):
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return attach_branches(build_backbone(demo_config(384, ids)))
 
 
 @pytest.fixture(scope="module")

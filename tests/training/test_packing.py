@@ -5,24 +5,16 @@ import random
 import numpy as np
 import torch
 
-from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page, question_corpus
+from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page
 from modeling_qzoom.training.branches import BranchRow, prompt_inputs
 from modeling_qzoom.training.demo_checkpoint import attach_branches
-from modeling_qzoom.training.demo_model import build_backbone, demo_config
 from modeling_qzoom.training.packing import Packer, Sample, Segment, answer_loss, embed
-from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
 from modeling_qzoom.training.tower import batch_inputs, encode
 from modeling_qzoom.training.views import IGNORE, cell_crop, whole_view
 
 
-def _setup():
-    tokenizer = build_tokenizer(question_corpus())
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return tokenizer, build_backbone(demo_config(384, ids)).eval()
-
-
-def test_packed_plain_questions_equal_the_stock_model() -> None:
-    tokenizer, model = _setup()
+def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> None:
+    model = backbone
     page = draw_page(1)
     view = whole_view(page, 64)
     questions = [code_question(page, 0), coarse_questions(page)[0]]
@@ -51,8 +43,7 @@ def test_packed_plain_questions_equal_the_stock_model() -> None:
         torch.testing.assert_close(mine, alone[0, -len(mine) :], atol=1e-4, rtol=1e-4)
 
 
-def test_crop_positions_follow_the_documented_rule() -> None:
-    tokenizer, _ = _setup()
+def test_crop_positions_follow_the_documented_rule(tokenizer) -> None:
     page = draw_page(2)
     view = whole_view(page, 64)
     crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(0))
@@ -70,8 +61,8 @@ def test_crop_positions_follow_the_documented_rule() -> None:
     assert place[0, pads[-1] + 1] == end + max(crop.grid) + 2
 
 
-def test_packed_crops_train_what_forward_trains() -> None:
-    tokenizer, vlm = _setup()
+def test_packed_crops_train_what_forward_trains(tokenizer, backbone) -> None:
+    vlm = backbone
     page = draw_page(3)
     view = whole_view(page, 64)
     crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(1))

@@ -1,0 +1,24 @@
+"""An untrained demo model, shared by the training tests."""
+
+import pytest
+
+from modeling_qzoom.evaluation.synthetic import question_corpus
+from modeling_qzoom.training.demo_checkpoint import attach_branches
+from modeling_qzoom.training.demo_model import build_backbone, demo_config
+from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer(question_corpus())
+
+
+@pytest.fixture
+def backbone(tokenizer):
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return build_backbone(demo_config(384, ids)).eval()
+
+
+@pytest.fixture
+def model(backbone):
+    return attach_branches(backbone)
