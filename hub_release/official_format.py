@@ -205,7 +205,8 @@ def qzoom_config(source: Path, branch_names: set[str], base: Path | None) -> QZo
             "that read different layers are not supported."
         )
     images = image_settings(source) or image_settings(base)
-    presets = PRESETS.get((model_type, has_gate), PRESETS.get((model_type, True), {}))
+    # a combination that nobody has published borrows its family's thresholds
+    presets = PRESETS.get((model_type, bool(has_gate))) or PRESETS[model_type, not has_gate]
     fields: dict[str, Any] = {"presets": presets}
     fields |= {key: value for key, value in presets["balanced"].items() if key.endswith("threshold")}
     if spec.mrope:
@@ -219,6 +220,6 @@ def qzoom_config(source: Path, branch_names: set[str], base: Path | None) -> QZo
     for name in ("image_mean", "image_std"):
         fields[name] = images.get(name) or _FALLBACK_STATISTICS.get(model_type)
     try:
-        return QZoomConfig(vlm_config=vlm, branch_layer=layer, branch_depth=depth, has_gate=has_gate, **fields)
+        return QZoomConfig(vlm_config=vlm, branch_layer=layer, branch_depth=depth, has_gate=bool(has_gate), **fields)
     except ValueError as error:
         raise ConversionError(f"{source}: {error}") from error

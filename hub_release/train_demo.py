@@ -41,7 +41,7 @@ from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
 
 LABEL_TOKENS = 144
 """Budget of the view in which the backbone's attention is read: it searches best where it can see."""
-LABEL_RULE = TriStateRule(growth=1)
+LABEL_RULE = TriStateRule(growth=0)
 
 logger = logging.getLogger("train_demo")
 

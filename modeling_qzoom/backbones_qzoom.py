@@ -116,6 +116,8 @@ def image_grids(vlm_config, image_grid_thw: Tensor | None, num_images: int) -> l
         image_grid_thw: (num_images, 3), t, h, w in patches, or None where the family has one fixed grid.
     """
     geometry = token_geometry(vlm_config)
+    if not num_images:
+        return []
     if image_grid_thw is None:
         side = geometry.image_size // geometry.token_side
         return [(side, side)] * num_images

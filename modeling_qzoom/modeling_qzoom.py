@@ -300,7 +300,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             kwargs[REQUEST] = request
         outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if return_zoom_reports:
-            ids = input_ids if input_ids is not None else outputs.sequences[:, :0]
+            embeds = kwargs.get("inputs_embeds")
+            ids = input_ids if input_ids is not None else outputs.sequences if embeds is None else embeds[:, :0, 0]
             reports = request.reports if request is not None else plain_reports(self.config, ids, "off")
             outputs["zoom_reports"] = reports
         return outputs

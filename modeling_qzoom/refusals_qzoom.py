@@ -33,7 +33,7 @@ def refuse_zoomed_cache(cache) -> None:
     """Raises:
     ValueError: the cache holds crops of an earlier turn.
     """
-    if getattr(cache, _ZOOMED, False):
+    if getattr(cache, _ZOOMED, False) and cache.get_seq_length() > 0:
         raise ValueError(
             "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
             "crop goes is decided anew for every question. Pass the whole conversation without a cache."

@@ -21,7 +21,7 @@ def shared_model(family: str) -> QZoomForConditionalGeneration:
 
 def always(**options) -> dict:
     """Options under which every row with an image zooms, into a part of it."""
-    return {"zoom": "always", "region_threshold": 0.8, "region_threshold_mode": "peak", **options}
+    return {"zoom": "always", "region_threshold": 0.95, "region_threshold_mode": "peak", **options}
 
 
 @functools.cache
@@ -67,6 +67,6 @@ def record_crops() -> Iterator[list[torch.Tensor]]:
         yield crops
 
 
-def box_of(report, threshold: float = 0.8) -> tuple | None:
+def box_of(report, threshold: float = 0.95) -> tuple | None:
     """The report's region in cells, as `always` asks for it."""
     return foreground_box(report.heatmap, threshold, "peak")

@@ -239,6 +239,12 @@ class TestSDRPN:
             "crop_max_tokens": 576,
         }
 
+    def test_a_family_without_published_thresholds_borrows_them(self, tmp_path):
+        source = write_folder(tmp_path / "source", tiny_model("qwen3_vl", has_gate=False), "nested")
+        converted = convert(source, tmp_path / "output")
+        assert converted.zoom.gate is None
+        assert converted.config.presets["accurate"]["region_threshold"] == 0.10
+
     def test_a_gate_that_the_config_switches_off_is_ignored(self, tmp_path):
         source = write_folder(tmp_path / "source", tiny_model("qwen2_5_vl"), enable_high_res=False)
         assert convert(source, tmp_path / "output").zoom.gate is None

@@ -85,7 +85,11 @@ def check_native_crops(patch, make_source):
         assert [list(grid)] == expected["image_grid_thw"].tolist()
         assert patches.shape == expected["pixel_values"].shape
         difference = (patches - expected["pixel_values"]).abs()
-        worst, total, count = max(worst, float(difference.max())), total + float(difference.sum()), count + patches.numel()
+        worst, total, count = (
+            max(worst, float(difference.max())),
+            total + float(difference.sum()),
+            count + patches.numel(),
+        )
     assert worst <= 1.01 * GREY_LEVEL
     assert total / count < 0.25 * GREY_LEVEL
 
@@ -229,9 +233,7 @@ def test_bf16_models_take_float32_patches(family):
 def test_generate_keeps_to_the_crop_budget(family, low, high):
     inputs = make_inputs(family, [Row(["a", None, "b"], [(4, 4)], 1), Row([None, "c"], [(2, 5)], 2)])
     budget = {"crop_min_tokens": low, "crop_max_tokens": high}
-    output = shared_model(family).generate(
-        **inputs, **always(), **budget, max_new_tokens=1, return_zoom_reports=True
-    )
+    output = shared_model(family).generate(**inputs, **always(), **budget, max_new_tokens=1, return_zoom_reports=True)
     for report in output.zoom_reports:
         x0, y0, x1, y1 = report.box
         side = 28 if family == "qwen2_5_vl" else 32

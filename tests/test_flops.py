@@ -1,7 +1,7 @@
 """What a request computes: the closed form of design §1, and nothing thrown away.
 
-FLOPs are counted over the whole `generate(max_new_tokens=1)`. The decoder's closed form is written from the shapes in the
-configuration; the vision tower, a class of transformers that is called as it is, counts what one call of it counts.
+FLOPs are counted over the whole `generate(max_new_tokens=1)`. The decoder's closed form is written from the shapes in
+the configuration; the vision tower, a class of transformers that is called as it is, is counted by itself.
 """
 
 import pytest

@@ -1,6 +1,7 @@
 """`from_backbone`, full save and reload, `from_pretrained` arguments, and refusals."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from transformers import AutoModelForImageTextToText
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 
 from .loading_fixtures import (
-    ZOOM_CONFIG,
     CLOSE,
+    ZOOM_CONFIG,
     answer,
     attach,
     edit_weights,
@@ -225,6 +226,17 @@ def test_plain_folder_points_to_from_backbone(qwen):
         load(qwen[0])
     with pytest.raises(ValueError, match="lacks branch weights"):
         load(qwen[0], config=QZoomConfig.from_pretrained(qwen[1]))
+
+
+def test_nothing_needs_accelerate(saved, tmp_path, monkeypatch):
+    family, base, model, _ = saved
+    for name in ("quantization_qzoom", "addons_qzoom"):
+        monkeypatch.setattr(sys.modules[f"modeling_qzoom.{name}"], "is_accelerate_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    attached = attach(base, family)
+    assert weights_equal(attached, model)
+    attached.save_addon(tmp_path)
+    assert weights_equal(load(tmp_path), model)
 
 
 # --- dtype, attention, devices ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_qzoom import QZoomForConditionalGeneration
 
-from .loading_fixtures import CLOSE, VISION, answer, attach, perturb_branches, plain_folder, weights_equal
+from .loading_fixtures import CLOSE, VISION, answer, attach, plain_folder, weights_equal
 from .tiny import FAMILIES, tiny_vlm
 
 
@@ -65,16 +65,22 @@ def qwen(tmp_path_factory):
 
 
 def test_zoomed_answer_in_nf4(saved):
-    family, _, model, folder = saved
+    """Equal to the dense model that computes with the same rounded weights, up to the kernel's bf16."""
+    family, _, dense, folder = saved
     small = load(folder, quantization_config=nf4(VISION[family]))
     expect_quantized_decoder_layers(small)
-    given, expected = answer(small, family), answer(model, family)
+    rounded = load(folder)
+    for name in quantized_layers(small):
+        weight = small.get_submodule(name).weight
+        rounded.get_submodule(name).weight.data = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert not weights_equal(rounded, dense)
+    given, expected = answer(small, family), answer(rounded, family)
     assert given.report.zoomed and given.report.reason == "gate_open"
-    assert given.report.region_logits.shape == expected.report.region_logits.shape
-    assert abs(given.report.gate_probability - expected.report.gate_probability) < 0.3
-    both = torch.stack([given.report.region_logits.flatten(), expected.report.region_logits.flatten()])
-    assert torch.corrcoef(both)[0, 1] > 0.6
-    assert torch.isfinite(given.logits).all()
+    assert abs(given.report.gate_probability - expected.report.gate_probability) < 0.05
+    scale = float(expected.report.region_logits.std())
+    assert float((given.report.region_logits - expected.report.region_logits).abs().max()) < 0.2 * scale
+    assert given.report.box == expected.report.box
+    assert float((given.logits[0] - expected.logits[0]).abs().max()) < 0.2 * float(expected.logits[0].std())
 
 
 @pytest.mark.parametrize("form", ["none", "list", "dict", "whole_model_names", "double", "8bit"])
@@ -94,19 +100,23 @@ def test_what_stays_in_16_bit(qwen, form):
     assert json.dumps(after, default=str) == before  # the caller's object is left alone
 
 
-@pytest.mark.parametrize("kind", ["nf4", "double", "8bit"])
-@pytest.mark.parametrize("used", [False, True])
-def test_quantized_save_and_reload(saved, tmp_path, kind, used):
+@pytest.mark.parametrize(
+    ("family", "kind", "used"),
+    [(family, "nf4", True) for family in FAMILIES]
+    + [("qwen2_5_vl", "nf4", False), ("qwen2_5_vl", "double", True), ("qwen2_5_vl", "8bit", True)],
+)
+def test_quantized_save_and_reload(tmp_path, family, kind, used):
     """Also after use: bitsandbytes repacks 4-bit weights at their first use on this CPU."""
-    family, _, _, folder = saved
+    folder = tmp_path / "full"
+    attach(tiny_vlm(family), family).save_pretrained(folder)
     recipe = nf4(VISION[family], bnb_4bit_use_double_quant=kind == "double")
     if kind == "8bit":
         recipe = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=VISION[family])
     model = load(folder, quantization_config=recipe)
     expected = answer(model, family) if used else None
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "small")
     expected = expected or answer(model, family)
-    loaded = load(tmp_path)
+    loaded = load(tmp_path / "small")
     expect_quantized_decoder_layers(loaded)
     assert answer(loaded, family).difference(expected) < CLOSE
     assert answer(model, family).difference(expected) < CLOSE  # saving has not harmed the model
@@ -202,11 +212,3 @@ def test_bf16_checkpoint_in_nf4_keeps_bf16(qwen, tmp_path):
     expect_quantized_decoder_layers(model)
     assert {model.get_submodule(name).weight.dtype for name in KEPT} == {torch.bfloat16}
     assert answer(model, "qwen2_5_vl").report.zoomed
-
-
-def test_dense_models_are_left_alone(qwen):
-    """The helpers for quantized models change nothing on others."""
-    model = load(qwen[1])
-    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
-    assert weights_equal(model, load(qwen[1]))
-    assert perturb_branches(model) is model
