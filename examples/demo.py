@@ -2,8 +2,8 @@
 
     python examples/demo.py [--image FILE --question TEXT]
 
-Builds a loadable folder from the checkpoint's data and this package, loads it as any user would, and shows what the gate
-decided, where the model looked and what that cost. Exits with 1 when a bundled question is answered wrongly.
+Builds a loadable folder from the checkpoint's data and this package, loads it as any user would, and shows what the
+gate decided, where the model looked and what that cost. Exits with 1 when a bundled question is answered wrongly.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from build import build  # noqa: E402
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 ASSETS = ROOT / "examples" / "assets"
 OWN_IMAGE_NOTE = (
-    "Note: the demo model has 3 million weights and reads only pages of its own kind (coloured shapes with small codes)."
+    "Note: the demo model is tiny and reads only pages of its own kind (coloured shapes that carry small codes)."
 )
 
 

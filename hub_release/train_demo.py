@@ -9,6 +9,7 @@ import logging
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ from modeling_qzoom.training.region_labels import TriStateRule  # noqa: E402
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
 
 
+@dataclass(frozen=True)
+class DecoderStage:
+    """One stage of the decoder's curriculum.
+
+    Args:
+        name: Its file in the work folder.
+        groups: Samples per step: small views, whole legible pages, views to search in, coarse pages with crops, whole
+            pages in many tokens.
+        decay: Share of the steps with a falling rate.
+        lr: Peak rate.
+    """
+
+    name: str
+    steps: int
+    groups: tuple[int, int, int, int, int]
+    decay: float
+    lr: float = 2e-3
+
+
+TOWER_STEPS = 720
+DECODER_STAGES = (
+    DecoderStage("2-read", 400, (14, 16, 0, 0, 0), decay=0.0),
+    DecoderStage("3-pages", 200, (8, 6, 0, 10, 0), decay=0.0),
+    DecoderStage("4-polish", 600, (6, 0, 11, 7, 0), decay=0.7),
+    DecoderStage("5-large", 260, (4, 0, 6, 8, 2), decay=1.0, lr=1e-3),
+)
 LABEL_TOKENS = 144
 """Budget of the view in which the backbone's attention is read: it searches best where it can see."""
 LABEL_RULE = TriStateRule(growth=0)
@@ -54,11 +81,15 @@ def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedToke
     return build_backbone(demo_config(-(-len(tokenizer) // 64) * 64, ids)), tokenizer
 
 
-def train_backbone(work: Path, steps: tuple[int, int, int, int]) -> Path:
-    """Run the backbone's stages: tower, single views, pages with crops, the same with a falling rate."""
+def train_backbone(work: Path, scale: float) -> None:
+    """Run the backbone's stages that have not left their weights yet.
+
+    Args:
+        scale: Factor on every stage's number of steps.
+    """
     model, tokenizer = fresh_backbone()
     parts = training_parts(model)
-    paths = [work / f"{name}.safetensors" for name in ("1-tower", "2-read", "3-pages", "4-polish")]
+    paths = [work / "1-tower.safetensors", *(work / f"{stage.name}.safetensors" for stage in DECODER_STAGES)]
     newest = max((index for index, path in enumerate(paths) if path.exists()), default=-1)
     if newest == 0:
         load_tower(parts, paths[0])
@@ -67,11 +98,11 @@ def train_backbone(work: Path, steps: tuple[int, int, int, int]) -> Path:
     for index in range(newest + 1, len(paths)):
         logger.info("stage %s", paths[index].stem)
         if index == 0:
-            train_tower(parts, steps[0], paths[0])
-        else:
-            groups, decay = {1: ((14, 16, 0, 0), 0.0), 2: ((8, 6, 0, 10), 0.0), 3: ((6, 0, 11, 7), 0.7)}[index]
-            train_decoder(model, parts, tokenizer, steps[index], paths[index], groups, decay, seed=index)
-    return paths[-1]
+            train_tower(parts, round(TOWER_STEPS * scale), paths[0])
+            continue
+        stage = DECODER_STAGES[index - 1]
+        steps = round(stage.steps * scale)
+        train_decoder(model, parts, tokenizer, steps, paths[index], stage.groups, stage.decay, stage.lr, seed=index)
 
 
 def load_tower(parts: torch.nn.ModuleDict, path: Path) -> None:
@@ -87,12 +118,12 @@ def train_branches(work: Path, steps: tuple[int, int], pages: tuple[int, int]) -
         pages: Pages that are labelled for them.
     """
     vlm, tokenizer = fresh_backbone()
-    load_state(training_parts(vlm), work / "4-polish.safetensors")
+    load_state(training_parts(vlm), work / f"{DECODER_STAGES[-1].name}.safetensors")
     vlm.eval().requires_grad_(False)
     packer = Packer(tokenizer)
     model = attach_branches(vlm)
     for place, branch in enumerate(("region", "gate")):
-        path = work / f"{5 + place}-{branch}.safetensors"
+        path = work / f"{6 + place}-{branch}.safetensors"
         if not path.exists():
             if branch == "region":
                 heads = choose_heads(vlm, packer, LABEL_TOKENS)
@@ -121,22 +152,20 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--work", type=Path, default=Path("/tmp/demo_train/stages"), help="folder of the stages' weights"
+        "--work", type=Path, default=ROOT / "build" / "demo-stages", help="folder of the stages' weights"
     )
-    parser.add_argument("--steps", type=int, nargs=4, default=(700, 500, 900, 600), help="steps of the four stages")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the backbone stages' numbers of steps")
     parser.add_argument(
-        "--branch-steps", type=int, nargs=2, default=(400, 250), help="steps of region and gate branch"
+        "--branch-steps", type=int, nargs=2, default=(300, 120), help="steps of region and gate branch"
     )
-    parser.add_argument(
-        "--label-pages", type=int, nargs=2, default=(800, 1600), help="pages labelled for each of them"
-    )
+    parser.add_argument("--label-pages", type=int, nargs=2, default=(600, 640), help="pages labelled for each of them")
     parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
     parser.add_argument(
         "--pages", type=int, default=500, help="fresh pages that the published figures are measured on"
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    train_backbone(arguments.work, tuple(arguments.steps))
+    train_backbone(arguments.work, arguments.scale)
     model, tokenizer = train_branches(arguments.work, tuple(arguments.branch_steps), tuple(arguments.label_pages))
     finish(model, tokenizer, arguments.output, arguments.pages)
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
 
-from .options_qzoom import keep_zoom_options
-from .quantization_qzoom import aligned, dense_state, is_quantized, vlm_recipe
+from .quantization_qzoom import aligned, dense_state, execution_device, is_quantized, vlm_recipe
 
 
 LORA_FOLDER = "lora"  # not the root, where transformers would take the whole folder for an adapter
@@ -93,6 +92,12 @@ def with_base_files(model, checkpoint_files: list[str], load_config) -> tuple[li
                 f"the base model {base!r} is itself a Q-Zoom checkpoint, whose branches would replace the add-on's. "
                 "Name the plain VLM, or load that checkpoint as it is."
             )
+        packed = any(key.endswith((".absmax", ".SCB")) for key in keys)
+        if packed and file not in checkpoint_files and getattr(model.config, "quantization_config", None) is None:
+            raise ValueError(
+                f"the base model {base!r} holds quantized weights, but this add-on was made for a dense one. Name the "
+                "dense base, and pass quantization_config=… to quantize it while loading."
+            )
         # transformers puts the folder of the first file before these names, which absolute ones ignore
         weight_map.update(dict.fromkeys(keys, os.path.abspath(file)))
     return files, replace(load_config, sharded_metadata={"weight_map": weight_map})
@@ -101,20 +106,39 @@ def with_base_files(model, checkpoint_files: list[str], load_config) -> tuple[li
 def load_lora(model, name: str | os.PathLike, subfolder: str = "", **hub) -> None:
     """Puts the LoRA adapter of an add-on around the weights it belongs to.
 
+    Unlike transformers' own `load_adapter`, adapters of offloaded layers get their values, and keep their dtype.
+
     Raises:
         ImportError: peft is missing.
+        ValueError: weights of the adapter are missing or have no place.
     """
     if not is_peft_available():
         raise ImportError("this add-on comes with a LoRA adapter, which needs peft: pip install peft")
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     folder = "/".join(part for part in (subfolder, model.config.lora_subfolder) if part)
-    files = [
+    config_file, weights_file = (
         cached_file(name, file, subfolder=folder, **hub)
         for file in ("adapter_config.json", "adapter_model.safetensors")
-    ]
-    # transformers remembers the conversions of the last load for saving, which must stay those of the whole model
-    conversions = getattr(model, "_weight_conversions", None)
-    model.load_adapter(os.path.dirname(files[0]))
-    model._weight_conversions = conversions
+    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject_adapter_in_model(PeftConfig.from_pretrained(os.path.dirname(config_file)), model)
+    weights = {key.removeprefix("base_model.model."): weight for key, weight in load_file(weights_file).items()}
+    dtype = next(iter(weights.values())).dtype
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            device = execution_device(layer.get_base_layer())
+            for key, child in layer.named_children():
+                if key.startswith("lora_"):
+                    child.to(dtype).to_empty(device=device)  # peft has put it on "meta" where the layer is offloaded
+    result = set_peft_model_state_dict(model, weights)
+    lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    if lost:
+        raise ValueError(f"{name}: LoRA weights are missing or have no place: {lost[:4]}")
+    for parameter in trainable:  # peft has frozen them
+        parameter.requires_grad_(True)
+    model._hf_peft_config_loaded = True  # transformers' switches for adapters ask for it
     model.eval()
 
 
@@ -274,7 +298,6 @@ def write_addon(model, folder: Path, base: str, base_revision: str | None, auto_
         custom_object_save(model, folder)
     config.save_pretrained(folder)
     if model.generation_config is not None:
-        keep_zoom_options(model.generation_config)
         model.generation_config.save_pretrained(folder)
     if lora is not None:
         weights, lora_config = lora

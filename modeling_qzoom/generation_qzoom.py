@@ -197,7 +197,7 @@ class QZoomGenerationMixin(GenerationMixin):
         layer_k, last_layer = self.config.branch_layer, len(decoder.layers)
         passing = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}
         hidden = run_layers(decoder, embeds, 0, layer_k, mask=mask, **passing)
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         view = CoarseView(
             input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, hidden, encoded.get("image")
         )

@@ -21,7 +21,6 @@ from .addons_qzoom import (
 from .backbones_qzoom import spec_for_config, spec_for_model_type
 from .branches_qzoom import ZoomBranches
 from .configuration_qzoom import QZoomConfig
-from .options_qzoom import keep_zoom_options
 from .quantization_qzoom import (
     UNQUANTIZED,
     adopt_placement,
@@ -262,7 +261,6 @@ class QZoomLoadingMixin:
         self.config.lora_subfolder = None
         self._keep_generation_options()
         restore_storage_format(self)
-        keep_zoom_options(self.generation_config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_addon(
@@ -296,12 +294,19 @@ class QZoomLoadingMixin:
         write_addon(self, Path(save_directory), base, revision, self._auto_map())
 
     def merge_lora(self) -> None:
-        """Adds an unmerged LoRA adapter to the weights it belongs to and takes it off; nothing to do without one."""
+        """Adds an unmerged LoRA adapter to the weights it belongs to and takes it off; nothing to do without one.
+
+        Raises:
+            ValueError: weights are offloaded, so there is nothing to add to.
+        """
         if not has_unmerged_lora(self):
             return
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("offloaded weights cannot take a LoRA in; load the model without offloading to merge.")
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
+        restore_storage_format(self)
         if hasattr(self.vlm, "get_base_model"):
             self.vlm = self.vlm.get_base_model()
         for name, module in list(self.named_modules()):

@@ -35,7 +35,7 @@ class QZoomOutput(ModelOutput):
         region_loss (`torch.FloatTensor`, *optional*): BCE over labelled cells.
         gate_loss (`torch.FloatTensor`, *optional*): BCE over labelled rows.
         region_logits (`list[list[torch.FloatTensor]]`, *optional*): per row and image, (Q, h, w) float32.
-        gate_logits (`torch.FloatTensor`, *optional*): (B,) float32; NaN in rows without an image.
+        gate_logits (`torch.FloatTensor`, *optional*): (B,) float32.
     """
 
     loss: torch.FloatTensor | None = None
@@ -298,6 +298,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 options, spans, collect_sources(source_images, spans), collect_grid_boxes(source_boxes, count)
             )
             kwargs[REQUEST] = request
+        elif source_images is not None and input_ids is not None and options.zoom != "never":
+            collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
         outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if return_zoom_reports:
             embeds = kwargs.get("inputs_embeds")

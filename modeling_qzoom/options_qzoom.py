@@ -100,16 +100,6 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
     return presets[effort]
 
 
-def keep_zoom_options(generation_config) -> None:
-    """Makes sure that options set on a generation config come back when it is saved and loaded.
-
-    transformers drops what it does not know from a generation config that it once derived from a model's configuration
-    (the repository had none), however it was changed since.
-    """
-    if generation_config is not None:
-        generation_config._from_model_config = False
-
-
 def resolve_options(call: dict[str, Any], generation_configs: Sequence, config, *, mrope: bool) -> ZoomOptions:
     """Call > generation configs > model config.
 

@@ -44,7 +44,7 @@ def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision:
         videos = vlm.get_video_features(vision["pixel_values_videos"], vision["video_grid_thw"], return_dict=True)
         encoded["video"] = as_visual_features(videos)
     embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
-    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     grids = {key: vision[key] for key in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids") if key in vision}
     positions = prompt_positions(vlm, spec_for_config(config.vlm_config), input_ids, valid, **grids)
     positions = positions[-3:] if positions.ndim == 3 else positions

@@ -7,6 +7,7 @@ import sys
 import peft
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_qzoom import QZoomForConditionalGeneration
 
@@ -249,22 +250,76 @@ def test_lora_can_be_switched_off(qwen, tmp_path):
     assert answer(loaded, "qwen2_5_vl").difference(plain) < CLOSE
 
 
-def test_lora_in_reduced_precision(qwen, tmp_path):
+def test_lora_keeps_its_own_precision(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
     qwen.save_addon(tmp_path / "addon")
     low = load(tmp_path / "addon", dtype=torch.bfloat16)
-    assert any("lora_A" in name for name, _ in low.named_parameters())
+    adapter = {name: part for name, part in low.named_parameters() if "lora_" in name}
+    assert adapter and {part.dtype for part in adapter.values()} == {torch.float32}
+    assert all(torch.equal(part, qwen.get_parameter(name)) for name, part in adapter.items())
     assert torch.isfinite(answer(low, "qwen2_5_vl").logits).all()
+    assert low.get_parameter("zoom.gate.head.weight").requires_grad  # as any loaded weight
+
+
+def test_lora_on_an_offloaded_base(qwen, tmp_path):
+    qwen.add_adapter(_lora())
+    _train_lora(qwen)
+    qwen.save_addon(tmp_path / "addon")
+    placement = {"device_map": {"vlm": "disk", "zoom": "disk"}, "offload_folder": tmp_path / "off"}
+    offloaded = load(tmp_path / "addon", **placement)
+    assert answer(offloaded, "qwen2_5_vl").difference(answer(qwen, "qwen2_5_vl")) < CLOSE
+    with pytest.raises(ValueError, match="offloaded weights cannot take a LoRA in"):
+        offloaded.merge_lora()
+
+
+@pytest.mark.parametrize("drop", ["base_model.model.vlm.model.language_model.layers.2.", None])
+def test_damaged_lora(qwen, tmp_path, drop):
+    qwen.add_adapter(_lora())
+    qwen.save_addon(tmp_path / "addon")
+    file = tmp_path / "addon" / "lora" / "adapter_model.safetensors"
+    file.rename(tmp_path / "addon" / "lora" / "model.safetensors")
+    extra = None if drop else {"base_model.model.vlm.nowhere.lora_A.weight": torch.zeros(4, 64)}
+    edit_weights(file.parent, drop=drop, add=extra)
+    (file.parent / "model.safetensors").rename(file)
+    with pytest.raises(ValueError, match="LoRA weights are missing or have no place"):
+        load(tmp_path / "addon")
+
+
+def test_lora_on_a_4_bit_base(qwen, tmp_path):
+    """As in QLoRA: base in 4 bit, adapter and branches not."""
+    pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
+    recipe = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["model.visual", "zoom"]
+    )
+    small = attach(qwen.config.base_model_name_or_path, "qwen2_5_vl", quantization_config=recipe)
+    small.add_adapter(_lora())
+    _train_lora(small)
+    expected = answer(small, "qwen2_5_vl")
+    small.save_addon(tmp_path / "addon")
+    loaded = load(tmp_path / "addon", quantization_config=recipe)
+    assert answer(loaded, "qwen2_5_vl").difference(expected) < CLOSE
+
+
+def test_dense_addon_on_a_quantized_base(qwen, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
+    qwen.save_addon(tmp_path / "addon")
+    recipe = BitsAndBytesConfig(load_in_4bit=True)
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=recipe)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="quantized weights.*dense base.*quantization_config="):
+        load(tmp_path / "addon", base_model_name_or_path=tmp_path / "small")
 
 
 def test_lora_folder_of_an_earlier_save_is_ignored(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
     qwen.save_addon(tmp_path / "folder")
-    qwen.merge_lora()
-    qwen.save_pretrained(tmp_path / "folder")
-    assert weights_equal(qwen, load(tmp_path / "folder"))
+    loaded = load(tmp_path / "folder")
+    loaded.merge_lora()
+    loaded.save_pretrained(tmp_path / "folder")
+    assert (tmp_path / "folder" / "lora").exists()
+    assert weights_equal(loaded, load(tmp_path / "folder"))
 
 
 def test_lora_needs_peft(qwen, tmp_path, monkeypatch):

@@ -332,6 +332,14 @@ def test_masks_are_inferred_from_pads(family):
 
 
 @families
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_every_dtype(family, dtype):
+    inputs, options = mixed(family)
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    assert shared_model(family).generate(**inputs, **options, max_new_tokens=5).equal(run(family)[0].sequences)
+
+
+@families
 def test_token_types_are_inferred(family):
     inputs, options = mixed(family)
     inputs.pop("mm_token_type_ids", None)

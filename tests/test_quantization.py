@@ -95,6 +95,8 @@ def test_what_stays_in_16_bit(qwen, form):
     before = json.dumps(untouched, default=str)
     model = load(qwen[1], quantization_config=config)
     expect_quantized_decoder_layers(model)
+    dense = load(qwen[1])
+    assert all(torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight) for name in KEPT)
     assert any("visual" in name for name in quantized_layers(model)) == (form == "none")
     after = config if form == "dict" else config.to_dict()
     assert json.dumps(after, default=str) == before  # the caller's object is left alone

@@ -231,6 +231,9 @@ def test_a_zoomed_turn_s_cache_cannot_be_continued(family, zoom):
     for given in (ids, torch.full((1, 30), 40)):
         with pytest.raises(ValueError, match="holds a crop.*Pass the whole conversation without a cache"):
             model.generate(given, past_key_values=first.past_key_values, zoom=zoom, max_new_tokens=2)
+    first.past_key_values.crop(-first.past_key_values.get_seq_length())  # emptied, it is as good as new
+    again = model.generate(**inputs, **always(), past_key_values=first.past_key_values, max_new_tokens=2)
+    assert again.equal(first.sequences)
 
 
 @families

@@ -197,6 +197,18 @@ def test_sources_of_another_size_than_the_coarse_view(family):
 
 
 @families
+def test_sources_that_no_prompt_mentions(family):
+    """The placeholder was forgotten; empty lists, as for text-only rows, are fine."""
+    text, model = make_inputs(family, [Row(["words"], [], 0), Row(["more"], [], 0)]), shared_model(family)
+    with pytest.raises(ValueError, match="has 1 images, the prompts have only 0"):
+        model.generate(**text, source_images=sources(1), max_new_tokens=1)
+    expected = model.generate(**text, max_new_tokens=1)
+    for nothing in ([], [[], []], [None, None]):
+        assert model.generate(**text, source_images=nothing, max_new_tokens=1).equal(expected)
+    assert model.generate(**text, source_images=sources(1), zoom="never", max_new_tokens=1).equal(expected)
+
+
+@families
 def test_image_tokens_without_pixels(family):
     inputs = make_inputs(family, [Row(["a", None, "b"], [(3, 4)], 1)])
     del inputs["pixel_values"]

@@ -12,7 +12,7 @@ FRAMES = 2  # after temporal merging
 
 
 def video_row(family: str, text: str = "what happens?", seed: int = 5, image: tuple[int, int] | None = None) -> dict:
-    """One prompt with a video of 2 frames × 2 × 3 tokens and, on request, an image behind it, laid out as by processors.
+    """One prompt with a video of 2 frames × 2 × 3 tokens and, on request, an image behind it, as processors do it.
 
     Qwen3-VL writes a time stamp and a pair of markers around every frame, Qwen2.5-VL one pair around all of them.
     """

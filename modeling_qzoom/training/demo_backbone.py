@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from .demo_data import crop_sample, fused_sample, search_sample, tower_views, whole_sample
+from .demo_data import crop_sample, fused_sample, large_sample, search_sample, tower_views, whole_sample
 from .demo_model import build_optimizers
 from .loop import fit
 from .packing import Batch, Packer, Sample, answer_loss
@@ -75,7 +75,7 @@ def train_decoder(
     tokenizer: PreTrainedTokenizerFast,
     steps: int,
     path: Path,
-    groups: tuple[int, int, int, int],
+    groups: tuple[int, int, int, int, int],
     decay: float,
     lr: float = 2e-3,
     seed: int = 2,
@@ -84,11 +84,17 @@ def train_decoder(
 
     Args:
         groups: Samples per step: small views, whole legible pages, views to search in, coarse
-            pages with crops.
+            pages with crops, whole pages in many tokens.
         decay: Share of the steps with a falling rate.
     """
     rng, packer = random.Random(seed), Packer(tokenizer)
-    kinds = {"crop": crop_sample, "whole": whole_sample, "search": search_sample, "page": fused_sample}
+    kinds = {
+        "crop": crop_sample,
+        "whole": whole_sample,
+        "search": search_sample,
+        "page": fused_sample,
+        "large": large_sample,
+    }
 
     def step_loss(done: float) -> tuple[Tensor, dict[str, float]]:
         total, measures = torch.zeros(()), {}

@@ -91,6 +91,17 @@ def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
             return Sample(view, segments + [Segment(question) for question in _some_coarse(page, 3, rng)])
 
 
+def large_sample(rng: random.Random) -> Sample:
+    """A whole page in many tokens: what the plain model needs where it may not zoom."""
+    while True:
+        page = _page(rng, MIXED)
+        view = whole_view(page, rng.choice([256, 400, 512]))
+        if view.legible:
+            chosen = rng.sample(view.legible, min(6, len(view.legible)))
+            segments = [Segment(_fine(page, index, rng)) for index in chosen]
+            return Sample(view, segments + [Segment(question) for question in _some_coarse(page, 2, rng)])
+
+
 def fused_sample(rng: random.Random) -> Sample:
     """A page at the coarse budget with crops as inference makes them, plain rows beside them.
 

@@ -187,7 +187,7 @@ def cell_crop(
     width, height = page.image.size
     cell_w, cell_h = width / coarse[1], height / coarse[0]
     x0, y0, x1, y1 = page.items[index].code_box
-    margin = rng.choice([0.0, 0.2, 0.5, 0.9])
+    margin = rng.choice([0.0, 0.2, 0.5, 0.9, 1.2])
     cells = (
         max(0, math.floor(x0 / cell_w - rng.uniform(0, 1.6) * margin)),
         max(0, math.floor(y0 / cell_h - rng.uniform(0, 1.6) * margin)),

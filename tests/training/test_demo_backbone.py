@@ -1,0 +1,79 @@
+"""The backbone's stages: losses fall, optimisers cover every weight, samples are what they say."""
+
+import random
+
+import torch
+
+from modeling_qzoom.training.demo_backbone import decoder_step, segment_hits, train_tower, training_parts
+from modeling_qzoom.training.demo_data import crop_sample, fused_sample, part_sample, whole_sample
+from modeling_qzoom.training.demo_model import build_optimizers
+from modeling_qzoom.training.packing import Packer
+from modeling_qzoom.training.views import IGNORE, NO_OBJECT
+
+
+def test_the_optimizers_hold_every_weight_once(backbone) -> None:
+    parts = training_parts(backbone)
+    optimizers = build_optimizers(parts, 1e-3, tower_share=0.5)
+    held = [id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    assert sorted(held) == sorted(id(weight) for weight in parts.parameters())
+    rates = {round(group["lr"], 7) for optimizer in optimizers for group in optimizer.param_groups}
+    assert rates == {1e-3, 5e-4, 6.25e-5}
+
+
+def test_the_decoder_learns_a_batch(tokenizer, backbone) -> None:
+    parts, packer, rng = training_parts(backbone), Packer(tokenizer), random.Random(0)
+    samples = [crop_sample(rng) for _ in range(4)]
+    optimizers = build_optimizers(parts, 2e-3)
+    losses = []
+    for _ in range(8):
+        loss, measures = decoder_step(backbone, parts["heads"], packer, samples)
+        losses.append(measures["loss"])
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+    assert set(measures) >= {"fine", "loss"}
+
+
+def test_the_tower_stage_changes_the_tower_only(backbone, tmp_path) -> None:
+    parts = training_parts(backbone)
+    decoder = {name: weight.clone() for name, weight in parts["model"].language_model.state_dict().items()}
+    embedding = parts["model"].visual.patch_embed.proj.weight.clone()
+    train_tower(parts, 1, tmp_path / "tower.safetensors")
+    assert not torch.equal(embedding, parts["model"].visual.patch_embed.proj.weight)
+    for name, weight in parts["model"].language_model.state_dict().items():
+        assert torch.equal(weight, decoder[name]), name
+
+
+def test_samples_ask_what_their_views_show() -> None:
+    rng = random.Random(1)
+    for draw in (crop_sample, part_sample):
+        sample = draw(rng)
+        assert {part.question.item for part in sample.segments} <= set(sample.view.legible)
+        assert all(part.crop is None for part in sample.segments)
+    whole = whole_sample(rng)
+    assert any(part.question.kind == "coarse" for part in whole.segments)
+    fused = fused_sample(rng)
+    assert fused.view.grid[0] * fused.view.grid[1] <= 64
+    crops = [part for part in fused.segments if part.crop is not None]
+    assert crops and all(0 <= part.cells[0] < part.cells[2] <= fused.view.grid[1] for part in crops)
+
+
+def test_labels_of_a_view_agree_with_the_page() -> None:
+    sample = crop_sample(random.Random(2))
+    view = sample.view
+    codes = {part.question.answer for part in sample.segments}
+    seen = {"".join(map(str, code.tolist())) for code in view.code if code[0] != IGNORE}
+    assert codes <= seen
+    assert (view.color != NO_OBJECT).any()
+
+
+def test_hits_are_counted_per_segment(tokenizer) -> None:
+    sample = crop_sample(random.Random(3))
+    batch = Packer(tokenizer)([sample])
+    wanted = batch.labels != IGNORE
+    hit = torch.ones(int(wanted.sum()), dtype=torch.bool)
+    assert all(right for _, right in segment_hits(batch, [sample], hit))
+    hit[0] = False
+    assert [right for _, right in segment_hits(batch, [sample], hit)] == [False] + [True] * (len(sample.segments) - 1)
