@@ -64,7 +64,7 @@ DECODER_STAGES = (
     DecoderStage("2-read", 400, (14, 16, 0, 0, 0), decay=0.0),
     DecoderStage("3-pages", 200, (8, 6, 0, 10, 0), decay=0.0),
     DecoderStage("4-polish", 600, (6, 0, 11, 7, 0), decay=0.7),
-    DecoderStage("5-large", 260, (4, 0, 6, 8, 2), decay=1.0, lr=1e-3),
+    DecoderStage("5-large", 240, (6, 0, 5, 9, 2), decay=1.0, lr=1e-3),
 )
 LABEL_TOKENS = 144
 """Budget of the view in which the backbone's attention is read: it searches best where it can see."""

@@ -14,7 +14,7 @@ from .views import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 
 
 BRANCH_LAYER, BRANCH_DEPTH = 3, 2
-CROP_TOKENS = {"fast": 64, "balanced": 100, "accurate": 144}
+CROP_TOKENS = {"fast": 64, "balanced": 144, "accurate": 196}
 LARGEST_BYTES = 8_000_000
 
 CARD = """\

@@ -54,7 +54,7 @@ def crop_sample(rng: random.Random) -> Sample:
     """A small view around an item with legible digits, and the codes that it shows: learns to read."""
     while True:
         page = _page(rng, LARGE if rng.random() < 0.5 else MIXED)
-        view = item_view(page, rng.randrange(len(page.items)), rng.choice([16, 25, 36]), rng, (9, 24))
+        view = item_view(page, rng.randrange(len(page.items)), rng.choice([16, 25, 36]), rng, (9, 18))
         if view.legible:
             chosen = rng.sample(view.legible, min(4, len(view.legible)))
             return Sample(view, [Segment(_fine(page, index, rng)) for index in chosen])
@@ -111,7 +111,7 @@ def fused_sample(rng: random.Random) -> Sample:
     view = whole_view(page, COARSE_TOKENS)
     segments = []
     for index in rng.sample(range(len(page.items)), min(2, len(page.items))):
-        crop, cells = cell_crop(page, index, view.grid, rng.choice([49, 64, 64, 100, 144]), rng)
+        crop, cells = cell_crop(page, index, view.grid, rng.choice([49, 64, 100, 100, 144]), rng)
         segments.append(Segment(_fine(page, index, rng), crop, cells))
     segments += [Segment(question) for question in _some_coarse(page, 2, rng)]
     if rng.random() < 0.3:
