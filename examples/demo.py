@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "hub_release"))
+sys.path.insert(0, str(ROOT))
 
-from build import build  # noqa: E402
+from hub_release.build import build  # noqa: E402
 
 
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"

@@ -31,7 +31,7 @@ from modeling_qzoom.training.demo_checkpoint import (  # noqa: E402
     write_card,
     write_checkpoint,
 )
-from modeling_qzoom.training.demo_labels import choose_heads, gate_rows, region_rows  # noqa: E402
+from modeling_qzoom.training.demo_labels import LEGIBLE_PAGES, choose_heads, gate_rows, region_rows  # noqa: E402
 from modeling_qzoom.training.demo_model import build_backbone, demo_config  # noqa: E402
 from modeling_qzoom.training.demo_options import choose_options  # noqa: E402
 from modeling_qzoom.training.loop import load_state  # noqa: E402
@@ -68,7 +68,10 @@ DECODER_STAGES = (
 )
 LABEL_TOKENS = 144
 """Budget of the view in which the backbone's attention is read: it searches best where it can see."""
-LABEL_RULE = TriStateRule(growth=0)
+LEGIBLE_TOKENS = 196
+"""Budget at which pages with larger codes are legible, so that wrong answers can be left out."""
+LABEL_RULE = TriStateRule(foreground=0.4, background=0.25, growth=0, largest_box=0.25)
+"""A cell is an eighth of the page here, not a twenty-fourth: no growth, and little is left undecided."""
 
 logger = logging.getLogger("train_demo")
 
@@ -128,6 +131,8 @@ def train_branches(work: Path, steps: tuple[int, int], pages: tuple[int, int]) -
             if branch == "region":
                 heads = choose_heads(vlm, packer, LABEL_TOKENS)
                 rows = region_rows(vlm, packer, heads, pages[0], LABEL_TOKENS, LABEL_RULE)
+                legible = {"settings": LEGIBLE_PAGES, "only_right": True, "seed": 14}
+                rows += region_rows(vlm, packer, heads, pages[0], LEGIBLE_TOKENS, LABEL_RULE, **legible)
             else:
                 rows = balance(gate_rows(vlm, packer, pages[1], CROP_TOKENS["balanced"]), random.Random(0))
             train_branch(model, tokenizer, rows, branch, steps[place], path)
@@ -158,7 +163,7 @@ def main() -> None:
     parser.add_argument(
         "--branch-steps", type=int, nargs=2, default=(300, 120), help="steps of region and gate branch"
     )
-    parser.add_argument("--label-pages", type=int, nargs=2, default=(600, 640), help="pages labelled for each of them")
+    parser.add_argument("--label-pages", type=int, nargs=2, default=(500, 480), help="pages labelled for each of them")
     parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
     parser.add_argument(
         "--pages", type=int, default=500, help="fresh pages that the published figures are measured on"

@@ -19,14 +19,17 @@ from .views import IGNORE, cell_crop, whole_view
 logger = logging.getLogger(__name__)
 
 LABEL_PAGES = PageSettings(side=(900, 1300))
+LEGIBLE_PAGES = PageSettings(side=(700, 1100), digit_width=(1 / 60, 1 / 26))
 Head = tuple[int, int]
 
 
-def draw_samples(rng: random.Random, count: int, tokens: int) -> tuple[list[Page], list[Sample]]:
+def draw_samples(
+    rng: random.Random, count: int, tokens: int, settings: PageSettings = LABEL_PAGES
+) -> tuple[list[Page], list[Sample]]:
     """Pages at a token budget, each with up to three fine questions and one coarse question about a shape."""
     pages, samples = [], []
     while len(pages) < count:
-        page = draw_page(rng.randrange(LARGEST_SEED), LABEL_PAGES)
+        page = draw_page(rng.randrange(LARGEST_SEED), settings)
         chosen = rng.sample(range(len(page.items)), min(3, len(page.items)))
         questions = [code_question(page, index, rng.choice(CODE_QUESTIONS)) for index in chosen]
         placed = [question for question in coarse_questions(page) if question.item is not None]
@@ -71,22 +74,25 @@ def _cells_inside(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> Ten
 
 def _maps(
     model: Qwen2_5_VLForConditionalGeneration, packer: Packer, samples: list[Sample], batch_size: int = 8
-) -> list[list[Tensor]]:
-    """Response-to-image attention (layers, heads, h, w) of the model's own answers, per sample and question."""
+) -> tuple[list[list[Tensor]], list[list[bool]]]:
+    """Per sample and question the attention (layers, heads, h, w) behind the own answer, and whether it is right."""
     decoder: nn.Module = model.model.language_model
-    usual, maps = decoder.config._attn_implementation, []
+    usual, maps, correct = decoder.config._attn_implementation, [], []
     try:
         for start in range(0, len(samples), batch_size):
             batch = packer(samples[start : start + batch_size])
             with torch.no_grad():
                 tokens, _ = encode(model.model.visual, batch.views)
             decoder.set_attn_implementation(usual)
-            answer_greedily(model, batch, tokens)
+            hit = (answer_greedily(model, batch, tokens) == batch.labels) | (batch.labels == IGNORE)
+            for row, sample in enumerate(samples[start : start + batch_size]):
+                numbers = range(1, len(sample.segments) + 1)
+                correct.append([bool(hit[row][batch.segment[row] == number].all()) for number in numbers])
             decoder.set_attn_implementation("eager")
             maps += response_maps(model, batch, tokens)
     finally:
         decoder.set_attn_implementation(usual)
-    return maps
+    return maps, correct
 
 
 def choose_heads(
@@ -100,7 +106,7 @@ def choose_heads(
     """The (layer, head) pairs that look at what a fine question asks about, best first."""
     drawn, samples = draw_samples(random.Random(seed), pages, tokens)
     maps, inside = [], []
-    for page, sample, found in zip(drawn, samples, _maps(model, packer, samples), strict=True):
+    for page, sample, found in zip(drawn, samples, _maps(model, packer, samples)[0], strict=True):
         for segment, attention in zip(sample.segments, found, strict=True):
             if segment.question.kind == "fine":
                 box = page.items[segment.question.item].box
@@ -120,14 +126,23 @@ def region_rows(
     pages: int,
     tokens: int,
     rule: TriStateRule,
+    settings: PageSettings = LABEL_PAGES,
+    only_right: bool = False,
     seed: int = 12,
 ) -> list[BranchRow]:
-    """Rows with region labels on the coarse grid, from the attention at a budget of `tokens`."""
-    drawn, samples = draw_samples(random.Random(seed), pages, tokens)
+    """Rows with region labels on the coarse grid, from the attention at a budget of `tokens`.
+
+    Args:
+        only_right: Keep only what the model answers right at that budget: then it has looked at the right place. Needs
+            pages that are legible there.
+    """
+    drawn, samples = draw_samples(random.Random(seed), pages, tokens, settings)
     rows = []
-    for page, sample, found in zip(drawn, samples, _maps(model, packer, samples), strict=True):
+    for page, sample, found, correct in zip(drawn, samples, *_maps(model, packer, samples), strict=True):
         coarse = whole_view(page, COARSE_TOKENS)
-        for segment, attention in zip(sample.segments, found, strict=True):
+        for segment, attention, right in zip(sample.segments, found, correct, strict=True):
+            if only_right and not right:
+                continue
             mean = torch.stack([attention[head] for head in heads]).mean(0)
             labels = tri_state(pool_map(mean, coarse.grid), rule=rule)
             if (labels == 1).any():
