@@ -38,7 +38,7 @@ format: $(VENV)/.dev
 
 # the figures in the README: 500 fresh pages
 figures: $(VENV)/.core
-	$(BIN)/python -m modeling_qzoom.evaluation.demo_figures hub_release/checkpoints/qzoom-demo
+	$(BIN)/python -m modeling_qzoom.evaluation hub_release/checkpoints/qzoom-demo
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.core

@@ -1,0 +1,1 @@
+"""Synthetic pages, measures and figures. Not published with checkpoints."""

@@ -1,0 +1,1 @@
+"""Training of the demo and, later, of any supported backbone. Not published with checkpoints."""

@@ -15,7 +15,7 @@ from .demo_data import LARGEST_SEED
 
 REGION_CANDIDATES = (
     *(("absolute", value / 100) for value in (3, 5, 8, 12, 16, 20, 25, 30, 40)),
-    *(("peak", value / 100) for value in (20, 30, 40, 50, 60, 70)),
+    *(("peak", value / 100) for value in (20, 30, 40, 50, 60, 65, 70, 75, 80)),
 )
 MIN_SIDE = 28
 
