@@ -4,7 +4,7 @@ import pytest
 
 from modeling_qzoom.evaluation.demo_figures import accuracy, draw_rows, measure
 from modeling_qzoom.evaluation.synthetic import question_corpus
-from modeling_qzoom.training.demo_checkpoint import attach_branches, build_processor
+from modeling_qzoom.training.demo_checkpoint import CROP_TOKENS, attach_branches, build_processor
 from modeling_qzoom.training.demo_model import build_backbone, demo_config
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer
 
@@ -15,7 +15,7 @@ def test_every_figure_is_a_share() -> None:
     model = attach_branches(build_backbone(demo_config(384, ids)))
     summary = measure(model, build_processor(tokenizer), 5, 2, {"gate_threshold": 0.0})
     assert summary["zoomed_share_fine"] == summary["zoomed_share_coarse"] == 1.0
-    assert 32 <= summary["coarse_tokens"] <= 64 < summary["tokens_fine"] <= 64 + 100
+    assert 32 <= summary["coarse_tokens"] <= 64 < summary["tokens_fine"] <= 64 + CROP_TOKENS["balanced"]
     for name, value in summary.items():
         assert "tokens" in name or -1 <= value <= 1, name
 
