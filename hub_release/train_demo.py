@@ -148,8 +148,10 @@ def finish(model: QZoomForConditionalGeneration, tokenizer: PreTrainedTokenizerF
         setattr(model.config, name, value)
     write_checkpoint(model, tokenizer, folder, None)
     figures = folder.parent / "qzoom-demo-figures.json"
-    command = [sys.executable, "-m", "modeling_qzoom.evaluation", str(folder), "--pages", str(pages)]
-    subprocess.run([*command, "--json", str(figures)], cwd=ROOT, check=True)
+    # relative to the repository, so that the command in the card works in any clone
+    shown = [str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in (folder, figures)]
+    command = [sys.executable, "-m", "modeling_qzoom.evaluation", shown[0], "--pages", str(pages), "--json", shown[1]]
+    subprocess.run(command, cwd=ROOT, check=True)
     write_card(folder, model, json.loads(figures.read_text()))
 
 
@@ -172,7 +174,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     train_backbone(arguments.work, arguments.scale)
     model, tokenizer = train_branches(arguments.work, tuple(arguments.branch_steps), tuple(arguments.label_pages))
-    finish(model, tokenizer, arguments.output, arguments.pages)
+    finish(model, tokenizer, arguments.output.resolve(), arguments.pages)
 
 
 if __name__ == "__main__":
