@@ -31,9 +31,9 @@ A vision-language model of {millions:.1f} million weights, trained from scratch 
 work on any machine. It reads pages of one kind only: coloured shapes with small three-digit codes. It is no general
 model.
 
-It sees a page in at most {coarse} visual tokens, in which no code is legible, decides per question whether that is enough,
-and otherwise zooms into the place that the question asks about. Region labels come from the model's own attention,
-gate labels from its own answers.
+It sees a page in at most {coarse} visual tokens, in which no code is legible, decides per question whether that is
+enough, and otherwise zooms into the place that the question asks about. Region labels come from the model's own
+attention, gate labels from its own answers.
 
 Questions it knows: "what is the code on the red circle?", "which number is on the red circle?", "read the red
 circle.", "what color is the star?", "what shape is blue?", "how many shapes are there?".
