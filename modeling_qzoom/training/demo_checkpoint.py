@@ -42,7 +42,8 @@ circle.", "what color is the star?", "what shape is blue?", "how many shapes are
 
 {figures}
 
-Trained from nothing on one CPU core in about 100 minutes, with the stages of `hub_release/train_demo.py`.
+Trained from nothing on one CPU core in about 100 minutes, with the stages of `hub_release/train_demo.py`, restarted by
+hand while the recipe was tuned.
 """
 
 
