@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-IMAGE ?=
-QUESTION ?=
+export IMAGE QUESTION
 
 .PHONY: demo test test-all lint format figures train-demo clean
 
@@ -19,7 +18,7 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 demo: $(VENV)/.core
-	$(BIN)/python examples/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(QUESTION),--question "$(QUESTION)")
+	$(BIN)/python examples/demo.py $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"}
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hub_release.build import build  # noqa: E402
+from modeling_qzoom.sources_qzoom import ImageSlot, load_rgb  # noqa: E402
 
 
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
@@ -47,7 +48,7 @@ def answer(model, processor, image: Image.Image, question: str, **options) -> tu
 
 def full_resolution_tokens(image: Image.Image, token_side: int) -> int:
     """Visual tokens that the plain model needs to see every pixel of the image."""
-    return round(image.height / token_side) * round(image.width / token_side)
+    return max(1, round(image.height / token_side)) * max(1, round(image.width / token_side))
 
 
 def show(model, processor, image: Image.Image, question: str, truth: str | None, picture: Path) -> bool:
@@ -64,7 +65,8 @@ def show(model, processor, image: Image.Image, question: str, truth: str | None,
     print(f"gate probability   {gate} -> {report.reason}")
     print(f"box                {report.box if report.zoomed else 'none'}")
     print(f"visual tokens      {report.coarse_tokens} coarse + {report.crop_tokens} crop = {used}")
-    print(f"of full resolution {used / full:.1%} ({full} tokens)")
+    if used < full:
+        print(f"of full resolution {used / full:.1%} ({full} tokens)")
     picture.parent.mkdir(parents=True, exist_ok=True)
     report.overlay(image).save(picture)
     print(f"overlay            {picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture}\n")
@@ -86,11 +88,6 @@ def main() -> int:
     if not image_path.is_file():
         print(f"error: there is no image {image_path}", file=sys.stderr)
         return 1
-    try:
-        image = ImageOps.exif_transpose(Image.open(image_path)).convert("RGB")
-    except OSError as error:
-        print(f"error: {image_path} cannot be read as an image: {error}", file=sys.stderr)
-        return 1
     if arguments.question:
         questions = [{"question": arguments.question, "answer": None}]
     elif arguments.image:
@@ -102,13 +99,18 @@ def main() -> int:
     folder = build(CHECKPOINT, ROOT / "build" / "qzoom-demo", force=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    print(f"image              {image_path.name}, {image.width} x {image.height} pixels\n")
     if arguments.image or arguments.question:
         print(OWN_IMAGE_NOTE + "\n")
-    right = [
-        show(model, processor, image, item["question"], item["answer"], arguments.output / f"overlay-{number}.png")
-        for number, item in enumerate(questions, start=1)
-    ]
+    try:
+        image = load_rgb(ImageSlot(str(image_path), 0), processor.max_source_pixels)
+        print(f"image              {image_path.name}, {image.width} x {image.height} pixels\n")
+        right = [
+            show(model, processor, image, item["question"], item["answer"], arguments.output / f"overlay-{number}.png")
+            for number, item in enumerate(questions, start=1)
+        ]
+    except ValueError as error:
+        print(f"error: {image_path}: {error}", file=sys.stderr)
+        return 1
     if not all(right):
         print("error: a bundled question was answered wrongly", file=sys.stderr)
         return 1

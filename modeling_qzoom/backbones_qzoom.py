@@ -167,12 +167,16 @@ def encode_images(vlm, pixel_values: Tensor, image_grid_thw: Tensor | None) -> V
     return as_visual_features(vlm.get_image_features(pixel_values, return_dict=True, **grid))
 
 
+# what positions depend on besides ids and padding
+POSITION_INPUTS = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
 def prompt_positions(vlm, spec: BackboneSpec, input_ids: Tensor, attention_mask: Tensor, **vision) -> Tensor:
     """Positions of a prompt as the plain VLM makes them, without its side effect on the module.
 
     Args:
         input_ids, attention_mask: (B, N).
-        vision: `mm_token_type_ids`, `image_grid_thw`, `video_grid_thw`, `second_per_grid_ts` where present.
+        vision: the `POSITION_INPUTS` that are present.
 
     Returns:
         (4, B, N) long for M-RoPE (text position, t, h, w), (B, N) long otherwise; pads hold 0.

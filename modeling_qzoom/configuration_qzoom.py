@@ -4,7 +4,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import spec_for_config, spec_for_model_type
-from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, validate_options
+from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
 
 
 class QZoomConfig(PreTrainedConfig):
@@ -120,9 +120,11 @@ class QZoomConfig(PreTrainedConfig):
                 f"branch_layer + branch_depth = {self.branch_layer} + {self.branch_depth} exceeds the VLM's "
                 f"{num_layers} decoder layers; choose branch_layer ≤ {num_layers - self.branch_depth}."
             )
+        for name in OPTION_NAMES:
+            setattr(self, name, python_number(getattr(self, name)))  # JSON holds no NumPy scalars
         options = ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
         validate_options(options, mrope=spec.mrope)
-        check_presets(self.presets, options, mrope=spec.mrope)
+        self.presets = check_presets(self.presets, options, mrope=spec.mrope)
         find_preset(self.effort, self.presets)
 
     def get_text_config(self, *args, **kwargs):

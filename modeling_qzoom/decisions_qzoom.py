@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backbones_qzoom import VisualFeatures, spec_for_config
+from .backbones_qzoom import spec_for_config
 from .crops_qzoom import CropError, crop_region, crop_token_grid
 from .fusion_qzoom import ImageSpan
 from .layers_qzoom import DeepStack, causal_mask
@@ -26,7 +26,6 @@ class CoarseView:
         embeds: (B, N, D) inputs of layer 0.
         deepstack: what the first layers added to them.
         hidden: (B, N, D) inputs of layer K.
-        images: the encoded images.
     """
 
     input_ids: Tensor
@@ -37,7 +36,6 @@ class CoarseView:
     embeds: Tensor
     deepstack: DeepStack | None
     hidden: Tensor
-    images: VisualFeatures | None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backbones_qzoom import as_visual_features, prompt_positions, spec_for_config
+from .backbones_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions, spec_for_config
 from .decisions_qzoom import CoarseView, decide
 from .fused_pass_qzoom import fused_prefill
 from .fusion_qzoom import length_mask, pad_left, stack_positions
@@ -26,7 +26,7 @@ from .layers_qzoom import (
     run_layers,
     set_layer_states,
 )
-from .refusals_qzoom import check_padding, mark_zoomed
+from .refusals_qzoom import check_padding, mark_zoomed, refuse_batched_images
 from .requests_qzoom import ZoomRequest
 
 
@@ -86,8 +86,7 @@ class QZoomGenerationMixin(GenerationMixin):
             return text[None].expand(4, -1, -1) if spec.mrope else text
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        vision = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
+        vision = {name: model_kwargs[name] for name in POSITION_INPUTS if model_kwargs.get(name) is not None}
         return prompt_positions(self.vlm, spec, input_ids, mask, **vision)
 
     def _forward_positions(self, input_ids, attention_mask, cache, vision) -> tuple[Tensor | None, Tensor | None]:
@@ -105,8 +104,7 @@ class QZoomGenerationMixin(GenerationMixin):
         if not spec.mrope or not {"image_grid_thw", "video_grid_thw"} & set(vision):
             return None, None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
-        grids = {name: vision[name] for name in names if name in vision}
+        grids = {name: vision[name] for name in POSITION_INPUTS if name in vision}
         positions = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
         return positions, positions[1:].amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
 
@@ -127,6 +125,15 @@ class QZoomGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
         kwargs.pop(REQUEST, None)
         return self.vlm.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """Continuous batching of transformers, for text only.
+
+        Raises:
+            ValueError: a prompt holds image tokens.
+        """
+        refuse_batched_images(inputs, self.config.image_token_id)
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
@@ -164,6 +171,7 @@ class QZoomGenerationMixin(GenerationMixin):
     def _check_cache(cache: Cache | None) -> None:
         if cache is None or not is_dynamic(cache):
             kind = "no cache" if cache is None else type(cache).__name__
+            kind = f"an offloaded {kind}" if getattr(cache, "offloading", False) else kind
             raise ValueError(
                 f"zooming needs a plain DynamicCache, because the crop's length is known only after the coarse pass; "
                 f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
@@ -198,9 +206,7 @@ class QZoomGenerationMixin(GenerationMixin):
         passing = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}
         hidden = run_layers(decoder, embeds, 0, layer_k, mask=mask, **passing)
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        view = CoarseView(
-            input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, hidden, encoded.get("image")
-        )
+        view = CoarseView(input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, hidden)
         request.reports, crops = decide(self, request, view)
         if not crops:
             hidden = run_layers(decoder, hidden, layer_k, last_layer, mask=mask, **passing)

@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from .options_qzoom import OPTION_NAMES
+from .options_qzoom import OPTION_NAMES, python_number
 
 
 Budget = tuple[int | None, int | None]
@@ -24,6 +25,7 @@ GENERATE_KEYWORDS = frozenset(
     ]
 )
 _AREA_KEYWORDS = frozenset({"min_pixels", "max_pixels"})
+_PIXEL_KEYWORDS = ("do_normalize", "image_mean", "image_std", "resample")  # the model makes its crops without them
 
 
 def option(keywords: dict[str, Any], group: str, name: str, default: Any = None) -> Any:
@@ -36,7 +38,7 @@ def option(keywords: dict[str, Any], group: str, name: str, default: Any = None)
 
 def _check_budget(min_tokens: int | None, max_tokens: int | None) -> None:
     for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
     if min_tokens is not None and max_tokens is not None and min_tokens > max_tokens:
         raise ValueError(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).")
@@ -56,6 +58,7 @@ def budget_size(image_processor: BaseImageProcessor, budgets: Iterable[Budget]) 
     smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
     for low, high in budgets:
         _check_budget(low, high)
+        low, high = python_number(low), python_number(high)
         if low is not None:
             smallest = low * token_area
             largest = max(largest, smallest)
@@ -95,15 +98,30 @@ def _refuse(unknown: set[str], accepted: set[str]) -> None:
     raise ValueError(f"QZoomProcessor does not know the keyword {', '.join(names)}.")
 
 
+def _check_pixel_keywords(keywords: dict[str, Any]) -> None:
+    """Refuses what would change the pixel values of the coarse view and leave those of the crop as they are."""
+    if option(keywords, "images_kwargs", "do_rescale") is False:
+        raise ValueError("do_rescale=False is not possible: every image becomes 8-bit RGB first, whatever it was.")
+    holders = (keywords, *(keywords.get(group, {}) for group in ("images_kwargs", "common_kwargs")))
+    given = [name for name in _PIXEL_KEYWORDS if any(holder.get(name) is not None for holder in holders)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: not possible for one call. Only the coarse view would change; the model makes the "
+            "crop itself, bicubic and with image_mean and image_std of its config. To normalise both in another way, "
+            "set it on the image processor (processor.image_processor.image_mean = ...) and in the model's config "
+            "(model.config.image_mean = ...; mean 0 and std 1 for do_normalize=False)."
+        )
+
+
 def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> None:
-    """Refuses what no part of the processor would read, and the two options that zooming cannot live with.
+    """Refuses what no part of the processor would read, and the options that zooming cannot live with.
 
     Args:
         keywords: of a call, flat or in the groups' dictionaries.
         accepted: from `accepted_keywords`.
 
     Raises:
-        ValueError: an unknown keyword or one of `generate`, right padding, unscaled pixels.
+        ValueError: an unknown keyword or one of `generate`, right padding, pixel values that the crop would not share.
     """
     flat = set().union(*accepted.values())
     for group in set(keywords) & set(accepted):
@@ -114,8 +132,7 @@ def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> N
             "padding_side='right' is not possible: `generate` continues a batch at its right edge and decides whether "
             "to zoom at each row's last position, so rows are always padded on the left."
         )
-    if option(keywords, "images_kwargs", "do_rescale") is False:
-        raise ValueError("do_rescale=False is not possible: every image becomes 8-bit RGB first, whatever it was.")
+    _check_pixel_keywords(keywords)
 
 
 def backbone_keywords(keywords: dict[str, Any], size: dict[str, int] | None) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
 from .layers_qzoom import check_decoder
 from .loading_qzoom import QZoomLoadingMixin
 from .options_qzoom import resolve_options
-from .refusals_qzoom import check_padding, refuse_unsupported, refuse_zoomed_cache
+from .refusals_qzoom import check_padding, refuse_hidden_images, refuse_unsupported, refuse_zoomed_cache
 from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
-from .supervision_qzoom import branch_pass, fused_language_pass
+from .supervision_qzoom import branch_pass, check_training_call, fused_language_pass
 
 
 @dataclass
@@ -61,7 +61,6 @@ class QZoomPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
@@ -123,6 +122,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         mm_token_type_ids: torch.IntTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         region_targets=None,
         gate_targets: torch.Tensor | None = None,
         query_positions: torch.LongTensor | None = None,
@@ -146,7 +146,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 A map of another size than the image's token grid is compared with the resized logits. (h, w) stands
                 for (1, h, w).
             gate_targets: (B,) in {1, 0, -100}; 1: the coarse view is not enough.
-            query_positions: (B, Q) columns of the asking tokens; by default each row's last prompt token. -1 leaves a
+            query_positions: (B, Q) columns of the asking tokens; by default each row's last token, which is the last
+                prompt token where the row holds no answer. -1 leaves a
                 query of a shorter row out. The gate reads the first of them.
             source_images: the images in their own resolution, as `QZoomProcessor` returns them.
             source_boxes: (images, 4) rectangles of source pixels under the token grids, where the processor returns
@@ -164,6 +165,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "video_grid_thw": video_grid_thw,
             "mm_token_type_ids": mm_token_type_ids,
             "mm_encoder_outputs": mm_encoder_outputs,
+            "second_per_grid_ts": second_per_grid_ts,
         }
         vision = {name: value for name, value in vision.items() if value is not None}
         if region_targets is not None or gate_targets is not None:
@@ -172,11 +174,13 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                     "labels and branch targets belong to different training stages; pass either labels, or "
                     "region_targets and gate_targets."
                 )
+            check_training_call(position_ids, past_key_values, inputs_embeds, kwargs)
             result = branch_pass(
-                self, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions, **kwargs
+                self, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions
             )
             return QZoomOutput(**result)
         if labels is not None and (source_images is not None or zoom_boxes is not None):
+            check_training_call(position_ids, past_key_values, inputs_embeds, kwargs)
             loss, logits = fused_language_pass(
                 self, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
             )
@@ -278,6 +282,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         refuse_zoomed_cache(kwargs.get("past_key_values"))
+        if input_ids is None and kwargs.get("inputs_embeds") is not None and options.zoom != "never":
+            refuse_hidden_images(kwargs, source_images)
         if options.zoom != "never":
             check_padding(kwargs.get("attention_mask"))
         has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
@@ -289,7 +295,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                     "the prompt holds image tokens but pixel_values is missing; pass what the processor returned."
                 )
             grid = kwargs.get("image_grid_thw")
-            count = count_images(self.config, input_ids, grid)
+            count = count_images(self.config.vlm_config, input_ids, grid)
             spans = image_spans(
                 input_ids, self.config.image_token_id, image_grids(self.config.vlm_config, grid, count)
             )

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 
 ZOOM_MODES = ("auto", "always", "never")
 THRESHOLD_MODES = ("absolute", "peak")
 ALIGNMENTS = ("continuous", "sequential")
+CROP_BOUNDS = ("crop_min_tokens", "crop_max_tokens")
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,27 @@ class ZoomOptions:
 OPTION_NAMES = tuple(field.name for field in fields(ZoomOptions))
 
 
+def python_number(value: Any) -> Any:
+    """A number of any library (`np.float32`, `np.int64`, ...) as int or float; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
 
 
 def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < low:
         raise ValueError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {value!r}.")
+
+
+def _check_tokens(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
 
 
 def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
@@ -51,10 +65,8 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
     _check_choice("region_threshold_mode", options.region_threshold_mode, THRESHOLD_MODES)
     _check_number("gate_threshold", options.gate_threshold, 0.0, "0 always zooms, above 1 never")
     _check_number("region_threshold", options.region_threshold, 0.0, "a heat-map value, or a share of the peak")
-    for name in ("crop_min_tokens", "crop_max_tokens"):
-        value = getattr(options, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+    for name in CROP_BOUNDS:
+        _check_tokens(name, getattr(options, name))
     low, high = options.crop_min_tokens, options.crop_max_tokens
     if low is not None and high is not None and low > high:
         raise ValueError(f"crop_min_tokens ({low}) is larger than crop_max_tokens ({high}).")
@@ -67,8 +79,13 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
             )
 
 
-def check_presets(presets: dict[str, dict[str, Any]], defaults: ZoomOptions, *, mrope: bool) -> None:
+def check_presets(
+    presets: dict[str, dict[str, Any]], defaults: ZoomOptions, *, mrope: bool
+) -> dict[str, dict[str, Any]]:
     """Checks a checkpoint's presets, each together with the options that it leaves alone.
+
+    Returns:
+        The presets with Python numbers, which JSON can hold.
 
     Raises:
         ValueError: names the preset and what is wrong with it.
@@ -84,6 +101,7 @@ def check_presets(presets: dict[str, dict[str, Any]], defaults: ZoomOptions, *, 
             validate_options(replace(defaults, **values), mrope=mrope)
         except ValueError as error:
             raise ValueError(f"preset {name!r}: {error}") from error
+    return {name: {key: python_number(value) for key, value in preset.items()} for name, preset in presets.items()}
 
 
 def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -100,11 +118,30 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
     return presets[effort]
 
 
+def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Where the crop's bounds cross, sets the one from the weaker source equal to the other; bounds from one source
+    stay as they are, for `validate_options` to refuse.
+
+    Args:
+        resolved: option values by name.
+        ranks: where each came from, 0 for the strongest source.
+    """
+    if not all(name in resolved for name in CROP_BOUNDS):
+        return
+    for name in CROP_BOUNDS:  # a bad bound must not move the other
+        _check_tokens(name, resolved[name])
+    low, high = CROP_BOUNDS
+    if resolved[low] > resolved[high] and ranks[low] != ranks[high]:
+        strong, weak = sorted(CROP_BOUNDS, key=ranks.__getitem__)
+        resolved[weak] = resolved[strong]
+
+
 def resolve_options(call: dict[str, Any], generation_configs: Sequence, config, *, mrope: bool) -> ZoomOptions:
     """Call > generation configs > model config.
 
     In the call and in a generation config, an explicit option wins over the `effort` preset beside it. The model
     config always holds a value for every option, so there the preset, where one is named, wins over the values.
+    A bound of the crop's budget moves the opposite one of a weaker source out of its way.
 
     Args:
         call: options of the call by name (`effort` included), None where not given.
@@ -114,18 +151,17 @@ def resolve_options(call: dict[str, Any], generation_configs: Sequence, config, 
     Raises:
         ValueError: unknown preset, or what `validate_options` refuses.
     """
-    resolved: dict[str, Any] = {}
-
-    def fill(values: dict[str, Any]) -> None:
-        for name in OPTION_NAMES:
-            if values.get(name) is not None:
-                resolved.setdefault(name, values[name])
-
+    layers: list[dict[str, Any]] = []  # strongest first
     for source in (call, *(vars(entry) for entry in generation_configs)):
-        fill(source)
-        fill(find_preset(source.get("effort"), config.presets))
-    fill(find_preset(config.effort, config.presets))
-    fill(vars(config))
+        layers += [source, find_preset(source.get("effort"), config.presets)]
+    layers += [find_preset(config.effort, config.presets), vars(config)]
+    resolved: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    for rank, values in enumerate(layers):
+        for name in OPTION_NAMES:
+            if name not in resolved and values.get(name) is not None:
+                resolved[name], ranks[name] = python_number(values[name]), rank
+    _uncross_crop_bounds(resolved, ranks)
     options = ZoomOptions(**resolved)
     validate_options(options, mrope=mrope)
     return options

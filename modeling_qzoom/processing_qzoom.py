@@ -27,10 +27,12 @@ from .keywords_qzoom import (
     check_keywords,
     option,
 )
+from .options_qzoom import python_number
 from .sources_qzoom import covered_rectangle, images_by_row, load_rgb, match_placeholders, place_images, source_tensor
 
 
 _VIDEO_CONFIG_FILE = "video_preprocessor_config.json"
+_MAX_ASPECT_RATIO = 200  # of the resize of Qwen's image processors
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -111,8 +113,8 @@ class QZoomProcessor(ProcessorMixin):
         )
         self.backbone_model_type = backbone_model_type
         self.backbone_processor_kwargs = dict(backbone_processor_kwargs or {})
-        self.min_tokens = min_tokens
-        self.max_tokens = max_tokens
+        self.min_tokens = python_number(min_tokens)
+        self.max_tokens = python_number(max_tokens)
         self.max_source_pixels = max_source_pixels
         self.video_config = video_config
         self.tokenizer.padding_side = "left"
@@ -324,7 +326,8 @@ class QZoomProcessor(ProcessorMixin):
         if not option(keywords, "text_kwargs", "sanitize_control_tokens", False):
             per_row = match_placeholders(prompts, per_row, len(flat), processor.image_token)
         data_format = option(keywords, "images_kwargs", "input_data_format")
-        sources = [load_rgb(slot, self.max_source_pixels, data_format) for slot in place_images(flat, per_row)]
+        limits = {"max_pixels": self.max_source_pixels, "max_aspect_ratio": self._max_aspect_ratio(keywords)}
+        sources = [load_rgb(slot, data_format=data_format, **limits) for slot in place_images(flat, per_row)]
         encoded = processor(images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size))
         # ragged lists must not be stacked when the output is converted again
         keep = [*(encoded.skip_tensor_conversion or ()), "source_images"]
@@ -334,6 +337,12 @@ class QZoomProcessor(ProcessorMixin):
             if spec_for_model_type(self.backbone_model_type).square_crop:
                 output["source_boxes"] = self._source_boxes(sources, keywords)
         return output
+
+    def _max_aspect_ratio(self, keywords: dict[str, Any]) -> float | None:
+        """What the image processor's resize refuses to go beyond; None where it takes every shape."""
+        do_resize = option(keywords, "images_kwargs", "do_resize", getattr(self.image_processor, "do_resize", True))
+        is_limited = do_resize and not spec_for_model_type(self.backbone_model_type).square_crop
+        return _MAX_ASPECT_RATIO if is_limited else None
 
     def _source_boxes(self, sources: list, keywords: dict[str, Any]) -> torch.Tensor:
         """(num_images, 4) int64: what the fixed token grid covers of each source."""

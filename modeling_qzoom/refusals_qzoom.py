@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 _ZOOMED = "qzoom_holds_crops"  # set on caches
-_PLAIN = "Pass zoom='never' to use it on the plain model."
+_PLAIN = "With zoom='never' the plain model decides about it."
+_EMBEDDED = "inputs_embeds hide where the images are; pass input_ids and pixel_values. " + _PLAIN
 
 
 def check_padding(attention_mask: Tensor | None) -> None:
@@ -37,6 +38,32 @@ def refuse_zoomed_cache(cache) -> None:
         raise ValueError(
             "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
             "crop goes is decided anew for every question. Pass the whole conversation without a cache."
+        )
+
+
+def refuse_hidden_images(kwargs: dict[str, Any], source_images) -> None:
+    """Checks a call that gives embeddings instead of ids.
+
+    Raises:
+        ValueError: it gives images as well.
+    """
+    if source_images is not None or any(
+        kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")
+    ):
+        raise ValueError(_EMBEDDED)
+
+
+def refuse_batched_images(inputs: Sequence[Sequence[int]], image_token_id: int) -> None:
+    """Checks a call of `generate_batch`.
+
+    Raises:
+        ValueError: a prompt holds image tokens.
+    """
+    rows = [row for row, ids in enumerate(inputs) if image_token_id in ids]
+    if rows:
+        raise ValueError(
+            f"generate_batch (paged generation) takes token ids only, but prompts {rows} hold image tokens; use "
+            "generate."
         )
 
 
@@ -105,7 +132,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
     if setting("cache_implementation") == "paged":
         raise ValueError("paged generation replaces generate by its own scheduler. " + _PLAIN)
     if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds hide where the images are; pass input_ids and pixel_values. " + _PLAIN)
+        raise ValueError(_EMBEDDED)
     past = kwargs.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
         raise ValueError(

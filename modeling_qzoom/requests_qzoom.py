@@ -15,7 +15,10 @@ from .reports_qzoom import ZoomReport
 from .sources_qzoom import ImageSlot, load_rgb, source_tensor
 
 
-_WAY_OUT = "Process images and text with QZoomProcessor, which adds source_images, or pass zoom='never'."
+_WAY_OUT = (
+    "Process images and text with QZoomProcessor, which adds source_images. Without zooming they are not needed: "
+    "zoom='never' in `generate`, no zoom_boxes in `forward`."
+)
 
 
 @dataclass

@@ -222,7 +222,21 @@ def _decode(image: Any, max_pixels: int | None, data_format: str | None) -> Imag
     return _to_rgb(_array_to_image(image, data_format, max_pixels))
 
 
-def load_rgb(slot: ImageSlot, max_pixels: int | None = None, data_format: str | None = None) -> Image.Image:
+def _check_aspect_ratio(width: int, height: int, limit: float | None) -> None:
+    ratio = max(width, height) / min(width, height)
+    if limit is not None and ratio > limit:
+        raise _Unusable(
+            f"has {width} × {height} pixels, an aspect ratio of {ratio:g}; this backbone takes at most {limit:g}. Cut "
+            "it into shorter pieces, or pad its short side"
+        )
+
+
+def load_rgb(
+    slot: ImageSlot,
+    max_pixels: int | None = None,
+    data_format: str | None = None,
+    max_aspect_ratio: float | None = None,
+) -> Image.Image:
     """The upright RGB image in a slot: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
 
     Args:
@@ -230,12 +244,15 @@ def load_rgb(slot: ImageSlot, max_pixels: int | None = None, data_format: str | 
             [0, 1] or [0, 255]), a path, a URL, base64 text or encoded bytes.
         max_pixels: largest accepted width × height; None for no limit.
         data_format: "channels_first" or "channels_last" for arrays whose shape does not tell.
+        max_aspect_ratio: largest accepted quotient of the longer and the shorter side; None for no limit.
 
     Raises:
-        ValueError: the image is empty, too large, of an unknown kind, or cannot be decoded; names its place.
+        ValueError: the image is empty, too large, too long, of an unknown kind, or cannot be decoded; names its place.
     """
     try:
-        return _decode(slot.image, max_pixels, data_format)
+        image = _decode(slot.image, max_pixels, data_format)
+        _check_aspect_ratio(*image.size, max_aspect_ratio)
+        return image
     except _Unusable as error:
         raise ValueError(f"{slot} {error}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbones_qzoom import (
+    POSITION_INPUTS,
     VisualFeatures,
     as_visual_features,
     count_images,
@@ -45,14 +46,12 @@ def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision:
         encoded["video"] = as_visual_features(videos)
     embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    grids = {key: vision[key] for key in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids") if key in vision}
+    grids = {key: vision[key] for key in POSITION_INPUTS if key in vision}
     positions = prompt_positions(vlm, spec_for_config(config.vlm_config), input_ids, valid, **grids)
     positions = positions[-3:] if positions.ndim == 3 else positions
     position_embeddings = rotary(decoder, embeds, positions)
     mask = causal_mask(decoder, embeds, valid, None)
-    return CoarseView(
-        input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, embeds, encoded.get("image")
-    )
+    return CoarseView(input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, embeds)
 
 
 def run_to_branch(model, view: CoarseView) -> CoarseView:
@@ -82,9 +81,31 @@ def _last_valid(valid: Tensor) -> Tensor:
     return (valid * columns).argmax(dim=1, keepdim=True)
 
 
+def check_training_call(position_ids, past_key_values, inputs_embeds, kwargs: dict[str, Any]) -> None:
+    """Refuses what a training pass would drop without a word.
+
+    Raises:
+        ValueError: names the arguments.
+    """
+    given = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+    refused = [name for name, value in given.items() if value is not None]
+    refused += [name for name in kwargs if name != "num_items_in_batch"]  # Trainer's own
+    if refused:
+        raise ValueError(
+            f"a pass with region_targets, gate_targets or fused labels does not take {sorted(refused)}: it makes "
+            "positions and embeddings itself. Check for a misspelt argument."
+        )
+
+
 def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none."""
+    """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none.
+
+    Raises:
+        ValueError: a target is none of 1, 0 and -100.
+    """
     keep = targets != IGNORED
+    if not ((targets == 0) | (targets == 1) | ~keep).all():
+        raise ValueError("targets must be 1, 0 or -100 (ignored); others were given.")
     if not keep.any():
         return logits.sum() * 0.0
     return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
@@ -97,6 +118,7 @@ def _region_targets_by_image(targets, row: int, spans: list[ImageSpan]) -> list[
         raise ValueError(
             f"region_targets: row {row} has {len(maps)} maps and {len(spans)} images; give a (Q, h, w) map per image."
         )
+    maps = [torch.as_tensor(part) for part in maps]
     return [part[None] if part.ndim == 2 else part for part in maps]
 
 
@@ -122,7 +144,7 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
 
 
 def branch_pass(
-    model, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions, **unused
+    model, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions
 ) -> dict[str, Any]:
     """Losses and logits of the branches; arguments as in `forward`."""
     view = run_to_branch(model, coarse_view(model, input_ids, attention_mask, vision))
@@ -135,6 +157,7 @@ def branch_pass(
     if gate_targets is not None:
         if model.zoom.gate is None:
             raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+        gate_targets = torch.as_tensor(gate_targets)
         if gate_targets.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
@@ -234,7 +257,8 @@ def fused_language_pass(
     view = coarse_view(model, input_ids, attention_mask, vision)
     spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
     sources = collect_sources(source_images, spans)
-    options = resolve_options({"zoom": "always"}, (), model.config, mrope=view.positions.ndim == 3)
+    defaults = () if model.generation_config is None else (model.generation_config,)
+    options = resolve_options({"zoom": "always"}, defaults, model.config, mrope=view.positions.ndim == 3)
     request = ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)))
     if zoom_boxes is None:
         crops = _proposed_crops(model, request, view, labels)

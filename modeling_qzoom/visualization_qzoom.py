@@ -19,7 +19,7 @@ _COLD = 0.06  # share of the peak below which a place is not tinted
 
 _REASONS = {
     "gate_open": "zoomed: the gate asked for a closer look",
-    "forced": 'zoomed: zoom="always"',
+    "forced": "zoomed: without asking the gate",  # zoom="always", or a checkpoint that has none
     "gate_closed": "not zoomed: the gate found the coarse view enough",
     "off": 'not zoomed: zoom="never"',
     "no_image": "not zoomed: no image in this row",

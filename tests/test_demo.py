@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from hub_release.clean_env import disagreements, make_environment, probe
@@ -73,7 +74,14 @@ def test_own_image_and_bad_input(demo, monkeypatch, tmp_path, capsys):
     assert "no image nowhere.png" in capsys.readouterr().err
     (tmp_path / "broken.png").write_text("no image at all")
     assert run(demo, monkeypatch, "--image", str(tmp_path / "broken.png"), "--question", "?")[0] == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "broken.png" in capsys.readouterr().err
+    Image.new("RGB", (9, 12), "white").save(tmp_path / "tiny.png")
+    tiny = ("--image", str(tmp_path / "tiny.png"), "--question", "what color is the star?", "--output", str(tmp_path))
+    code, text = run(demo, monkeypatch, *tiny)
+    assert code == 0 and "of full resolution" not in text
+    Image.new("RGB", (6000, 20)).save(tmp_path / "thin.png")
+    assert run(demo, monkeypatch, "--image", str(tmp_path / "thin.png"), "--question", "?")[0] == 1
+    assert "200" in capsys.readouterr().err
 
 
 def test_ten_lines_of_the_readme(demo, monkeypatch):

@@ -303,3 +303,18 @@ def test_targets_without_an_image_or_a_gate():
     model.zoom.gate = None
     with pytest.raises(ValueError, match="has no gate"):
         model(**inputs, gate_targets=torch.ones(4))
+
+
+def test_training_passes_take_no_unknown_arguments_and_no_odd_targets():
+    model = tiny_model("qwen2_5_vl")
+    inputs = plain_inputs(make_inputs("qwen2_5_vl", [Row(["what is ", None, "?"], [(4, 4)])]))
+    with pytest.raises(ValueError, match="query_postions.*misspelt"):
+        model(**inputs, gate_targets=torch.ones(1), query_postions=torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(gate_targets=torch.ones(1), inputs_embeds=torch.zeros(1, 2, 64))
+    for odd in (3.0, float("nan"), 0.5):
+        with pytest.raises(ValueError, match="must be 1, 0 or -100"):
+            model(**inputs, gate_targets=[odd])
+    with pytest.raises(ValueError, match="must be 1, 0 or -100"):
+        model(**inputs, region_targets=[torch.full((1, 4, 4), 0.5)])
+    assert model(**inputs, gate_targets=[1], num_items_in_batch=1).gate_loss > 0

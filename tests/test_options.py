@@ -1,5 +1,6 @@
 """Zoom options: where they may be given, which source wins, and what they change."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -26,7 +27,7 @@ def config(family="qwen2_5_vl", **fields):
 
 
 def resolve(call=None, *generation, mrope=True, **fields):
-    names = ("zoom", "effort", "gate_threshold", "region_threshold", "crop_max_tokens")
+    names = ("zoom", "effort", "gate_threshold", "region_threshold", "crop_min_tokens", "crop_max_tokens")
     given = {**dict.fromkeys(names), **(call or {})}
     return resolve_options(given, [GenerationConfig(**entry) for entry in generation], config(**fields), mrope=mrope)
 
@@ -84,6 +85,57 @@ def test_presets_win_over_everything_below_them():
     assert options.zoom == "always"  # fast leaves it open, accurate below sets it
     # an explicit option anywhere above the preset wins
     assert resolve({"gate_threshold": 0.05}, {"effort": "fast"}, effort="accurate").gate_threshold == 0.05
+
+
+@pytest.mark.parametrize(
+    ("call", "generation", "fields", "budget"),
+    [
+        ({"crop_min_tokens": 200}, {}, {"crop_max_tokens": 144}, (200, 200)),
+        ({"crop_max_tokens": 8}, {}, {"crop_min_tokens": 16, "crop_max_tokens": 64}, (8, 8)),
+        ({"crop_max_tokens": 8}, {"crop_min_tokens": 16}, {}, (8, 8)),
+        ({}, {"crop_min_tokens": 70}, {"crop_max_tokens": 64}, (70, 70)),
+        ({"crop_min_tokens": 6, "effort": "fast"}, {}, {}, (6, 6)),
+        ({"crop_min_tokens": 6}, {"effort": "fast"}, {"crop_max_tokens": 64}, (6, 6)),
+        ({"crop_min_tokens": 9}, {}, {"crop_max_tokens": 64}, (9, 64)),
+    ],
+)
+def test_crop_bounds_move_the_opposite_one_of_a_weaker_source(call, generation, fields, budget):
+    options = resolve(call, generation, **fields)
+    assert (options.crop_min_tokens, options.crop_max_tokens) == budget
+
+
+@pytest.mark.parametrize("place", ["call", "generation config"])
+def test_crossing_crop_bounds_of_one_source_are_an_error(place):
+    bounds = {"crop_min_tokens": 9, "crop_max_tokens": 5}
+    with pytest.raises(ValueError, match=r"crop_min_tokens \(9\) is larger than crop_max_tokens \(5\)"):
+        resolve(bounds, crop_max_tokens=64) if place == "call" else resolve({}, bounds, crop_max_tokens=64)
+
+
+@pytest.mark.parametrize("bad", [0, "9", True])
+def test_a_bad_crop_bound_is_named_even_where_it_crosses(bad):
+    with pytest.raises(ValueError, match=f"crop_max_tokens must be a positive number .*, got {bad!r}"):
+        resolve({"crop_max_tokens": bad}, crop_min_tokens=4)
+
+
+def test_numpy_scalars_become_python_numbers():
+    options = resolve(
+        {"gate_threshold": np.float32(0.5), "crop_max_tokens": np.int64(64)}, {"region_threshold": np.int8(0)}
+    )
+    assert options == ZoomOptions(gate_threshold=0.5, region_threshold=0, crop_max_tokens=64)
+    assert [type(value) for value in (options.gate_threshold, options.crop_max_tokens)] == [float, int]
+    with pytest.raises(ValueError, match="gate_threshold must be a finite number"):
+        resolve({"gate_threshold": np.bool_(True)})
+    with pytest.raises(ValueError, match="crop_max_tokens must be a positive number"):
+        resolve({"crop_max_tokens": np.float32(4)})
+
+
+def test_numpy_scalars_in_a_config_can_be_saved(tmp_path):
+    fields = {"gate_threshold": np.float32(0.5), "presets": {"large": {"crop_max_tokens": np.int64(64)}}}
+    QZoomConfig(vlm_config=vlm_config("qwen2_5_vl"), branch_layer=3, branch_depth=2, **fields).save_pretrained(
+        tmp_path
+    )
+    loaded = QZoomConfig.from_pretrained(tmp_path)
+    assert (loaded.gate_threshold, loaded.presets) == (0.5, {"large": {"crop_max_tokens": 64}})
 
 
 @pytest.mark.parametrize("level", ["call", "generation config"])

@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -200,6 +201,7 @@ def test_no_budget_means_as_configured():
         ({"min_tokens": 0}, "min_tokens must be a positive number"),
         ({"max_tokens": 2.5}, "max_tokens must be a positive number"),
         ({"max_tokens": True}, "max_tokens must be a positive number"),
+        ({"max_tokens": np.float32(9)}, "max_tokens must be a positive number"),
         ({"min_tokens": 9, "max_tokens": 4}, r"min_tokens \(9\) is larger than max_tokens \(4\)"),
     ],
 )
@@ -208,6 +210,14 @@ def test_bad_budgets(budget, message):
         qwen_processor(**budget)
     with pytest.raises(ValueError, match=message):
         qwen_processor()(text="hi", **budget)
+
+
+def test_budgets_may_be_numpy_integers():
+    processor = qwen_processor(max_tokens=np.int64(9))
+    assert type(processor.max_tokens) is int and json.loads(processor.to_json_string())["max_tokens"] == 9
+    image, token = noise(280, 280), processor.image_token
+    assert token_counts(processor, processor(images=[image], text=token)) == [9]
+    assert token_counts(processor, processor(images=[image], text=token, max_tokens=np.int32(16))) == [16]
 
 
 def test_llava_has_no_budget():
@@ -292,6 +302,10 @@ def test_keywords_of_generate_are_sent_there(family, name):
         ({"max_pixels": 3}, "use min_tokens and max_tokens"),
         ({"images_kwargs": {"min_pixels": 3}}, "use min_tokens and max_tokens"),
         ({"do_rescale": False}, "do_rescale=False is not possible"),
+        ({"do_normalize": False}, r"do_normalize: .*only the coarse view.*model\.config\.image_mean"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "image_mean, image_std: not possible for one call"),
+        ({"images_kwargs": {"image_std": (1.0, 1.0, 1.0)}}, "image_std: not possible for one call"),
+        ({"images_kwargs": {"resample": 0}}, "resample: not possible for one call"),
         ({"padding_side": "right"}, "always padded on the left"),
         ({"text_kwargs": {"padding_side": "right"}}, "always padded on the left"),
         ({"audio": [0.0]}, "takes no audio"),
@@ -374,6 +388,23 @@ def test_bad_image_is_placed():
         processor(images=[Image.new("RGB", (4, 0))], text=processor.image_token)
     processor.max_source_pixels = None
     assert processor(images=[noise(200, 200)], text=processor.image_token)["source_images"]
+
+
+@pytest.mark.parametrize("build", [qwen_processor, qwen3_processor])
+def test_images_that_are_too_long_are_placed(build):
+    processor = build()
+    with pytest.raises(
+        ValueError, match=r"^image 1 \(row 1, image 0\) has 2 × 402 pixels.* ratio of 201; .* 200\. Cut"
+    ):
+        process(processor, [chat(noise(56, 56)), chat(noise(2, 402))])
+    with pytest.raises(ValueError, match="ratio of 300"):
+        processor(images=[noise(600, 2)], text=processor.image_token)
+    assert processor(images=[noise(400, 2)], text=processor.image_token)["source_images"][0].shape == (3, 2, 400)
+
+
+def test_fixed_grids_take_every_shape():
+    processor = llava_processor()
+    assert processor(images=[noise(2, 402)], text=processor.image_token)["source_images"][0].shape == (3, 402, 2)
 
 
 def test_text_of_a_wrong_kind():

@@ -246,3 +246,19 @@ def test_refusals_come_before_any_work(family, monkeypatch):
     with pytest.raises(ValueError, match="synced_gpus"):
         model.generate(**inputs, **options, synced_gpus=True, past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_behind_embeddings_are_refused(family):
+    model = shared_model(family)
+    inputs = make_inputs(family, [Row(["what is ", None, "?"], [(4, 4)])])
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="inputs_embeds hide where the images are"):
+        model.generate(**inputs, inputs_embeds=embeds, max_new_tokens=1)
+
+
+def test_paged_batches_with_images_are_refused():
+    model = shared_model("qwen2_5_vl")
+    ids = make_inputs("qwen2_5_vl", [Row(["what is ", None, "?"], [(4, 4)])])["input_ids"].tolist()
+    with pytest.raises(ValueError, match=r"generate_batch.*\[1\] hold image tokens"):
+        model.generate_batch(inputs=[[1, 2, 3], *ids], max_new_tokens=1)

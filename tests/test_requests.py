@@ -182,6 +182,15 @@ def test_generate_without_sources(family, zoom):
     assert len(shared_model(family).generate(**inputs, zoom="never", max_new_tokens=1)) == 2
 
 
+def test_forward_without_sources():
+    inputs = make_inputs("qwen2_5_vl", [Row(["a", None, "b"], [(3, 4)], 1)])
+    del inputs["source_images"]
+    with pytest.raises(ValueError, match="row 0 .*QZoomProcessor.*no zoom_boxes in `forward`"):
+        shared_model("qwen2_5_vl")(**inputs, labels=inputs["input_ids"], zoom_boxes=[(0, 0, 20, 20)])
+    plain = shared_model("qwen2_5_vl")(**inputs, labels=inputs["input_ids"])  # the way out
+    assert plain.loss.isfinite()
+
+
 @families
 def test_sources_of_another_size_than_the_coarse_view(family):
     """Only their content and proportions matter; a source may even be smaller than the view."""

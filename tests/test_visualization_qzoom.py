@@ -124,6 +124,12 @@ def test_captions(reason):
     assert "gate not run" in caption_lines(replace(report, gate_probability=None))[1]
 
 
+def test_the_caption_of_a_zoom_without_the_gate_names_no_option():
+    """The report does not tell zoom="always" from a checkpoint without a gate."""
+    happened, details = caption_lines(zoomed_report(reason="forced", gate_probability=None))
+    assert happened == "zoomed: without asking the gate" and "gate not run" in details
+
+
 def test_sizes():
     report = zoomed_report(heatmap=torch.ones(4, 6), box=(2000, 100, 2500, 200))
     large = Image.new("RGB", (6000, 300))

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
+from ..options_qzoom import resolve_options
 from .demo_figures import FIRST_SEED, measure
 
 
@@ -34,15 +35,16 @@ def main() -> None:
     options = {"effort": arguments.effort} if arguments.effort else {}
     began = time.monotonic()
     summary = measure(model, processor, arguments.first_seed, arguments.pages, options)
-    config = model.config
+    # what was in force, presets included
+    used = resolve_options(options, (model.generation_config,), model.config, mrope=True)
     conditions = {
         "command": " ".join(["python -m modeling_qzoom.evaluation", *sys.argv[1:]]),
         "pages": arguments.pages,
         "first_seed": arguments.first_seed,
         "coarse_budget": [processor.min_tokens, processor.max_tokens],
-        "crop_budget": [config.crop_min_tokens, config.crop_max_tokens],
-        "gate_threshold": config.gate_threshold,
-        "region_threshold": [config.region_threshold, config.region_threshold_mode],
+        "crop_budget": [used.crop_min_tokens, used.crop_max_tokens],
+        "gate_threshold": used.gate_threshold,
+        "region_threshold": [used.region_threshold, used.region_threshold_mode],
         "effort": arguments.effort,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.vlm.config._attn_implementation,

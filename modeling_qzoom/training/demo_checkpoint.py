@@ -33,7 +33,8 @@ model.
 
 It sees a page in at most {coarse} visual tokens, in which no code is legible, decides per question whether that is
 enough, and otherwise zooms into the place that the question asks about. Region labels come from the model's own
-attention, gate labels from its own answers.
+attention, gate labels from its own answers; true boxes ranked the attention heads, chose thresholds and placed the
+crops that gate labels were made with.
 
 Questions it knows: "what is the code on the red circle?", "which number is on the red circle?", "read the red
 circle.", "what color is the star?", "what shape is blue?", "how many shapes are there?".
