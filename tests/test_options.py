@@ -91,7 +91,7 @@ def test_presets_win_over_everything_below_them():
     ("call", "generation", "fields", "budget"),
     [
         ({"crop_min_tokens": 200}, {}, {"crop_max_tokens": 144}, (200, 200)),
-        ({"crop_max_tokens": 8}, {}, {"crop_min_tokens": 16, "crop_max_tokens": 64}, (8, 8)),
+        ({"crop_max_tokens": 2}, {}, {"crop_min_tokens": 4, "crop_max_tokens": 64}, (2, 2)),
         ({"crop_max_tokens": 8}, {"crop_min_tokens": 16}, {}, (8, 8)),
         ({}, {"crop_min_tokens": 70}, {"crop_max_tokens": 64}, (70, 70)),
         ({"crop_min_tokens": 6, "effort": "fast"}, {}, {}, (6, 6)),

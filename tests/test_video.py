@@ -90,6 +90,16 @@ def test_frame_rates_reach_the_positions():
     assert not logits[0].equal(logits[1])
 
 
+def test_frame_rates_reach_the_positions_of_a_plain_forward():
+    model = shared_model("qwen2_5_vl")
+    slow = {**without_sources(video_row("qwen2_5_vl")), "second_per_grid_ts": torch.tensor([3.0])}
+    usual = {**slow, "second_per_grid_ts": torch.tensor([1.0])}
+    with torch.no_grad():
+        logits = model(**slow).logits
+        assert torch.equal(logits, model.vlm(**slow).logits)
+        assert not torch.equal(logits, model(**usual).logits)
+
+
 @families
 def test_videos_need_no_source_images(family):
     assert "source_images" not in video_row(family)
