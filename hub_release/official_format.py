@@ -41,7 +41,6 @@ PRESETS: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {
     ("llava", False): {"fast": _preset(0.15), "balanced": _preset(0.1), "accurate": _preset(0.05)},
 }
 _FALLBACK_BUDGET = (256, 576)  # of the authors' document benchmarks
-_FALLBACK_STATISTICS = {"qwen3_vl": [0.5, 0.5, 0.5]}  # the other families share CLIP's, QZoomConfig's default
 
 _PREFIX = r"^(?:model\.)?(?:language_model\.)?(?:model\.)?"
 _BRANCH = re.compile(_PREFIX + r"((?:twig|high_res)_(?:layers|head|norm)\..+)$")
@@ -218,7 +217,7 @@ def qzoom_config(source: Path, branch_names: set[str], base: Path | None) -> QZo
         fields["min_tokens"] = max(1, -(-low // area)) if low else _FALLBACK_BUDGET[0]
         fields["max_tokens"] = max(1, high // area) if high else _FALLBACK_BUDGET[1]
     for name in ("image_mean", "image_std"):
-        fields[name] = images.get(name) or _FALLBACK_STATISTICS.get(model_type)
+        fields[name] = images.get(name)  # QZoomConfig falls back to the family's
     try:
         return QZoomConfig(vlm_config=vlm, branch_layer=layer, branch_depth=depth, has_gate=bool(has_gate), **fields)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The facts in which supported backbones differ: one row each. No other file knows a backbone's name."""
+"""The facts in which supported backbones differ: one row each. No other file branches on a backbone's name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class BackboneSpec:
         square_crop: crops have one fixed square size (padded), instead of their native aspect ratio.
         image_start_token, image_end_token: configuration attributes that name the tokens around an image.
         min_box_side: smallest side of a zoom box, in source pixels.
+        image_mean, image_std: channel statistics of the family's pixel values, where a checkpoint does not say.
     """
 
     processor_class: str
@@ -33,6 +34,8 @@ class BackboneSpec:
     image_start_token: str | None = None
     image_end_token: str | None = None
     min_box_side: int = 28
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 _QWEN_MARKERS = {"image_start_token": "vision_start_token_id", "image_end_token": "vision_end_token_id"}
@@ -50,6 +53,8 @@ BACKBONES: dict[str, BackboneSpec] = {
         mrope=True,
         region_rotary=True,
         artifact_rule=zero_first_token_cells,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
         **_QWEN_MARKERS,
     ),
     "llava": BackboneSpec(

@@ -98,8 +98,9 @@ class QZoomConfig(PreTrainedConfig):
         self.presets = dict(presets or {})
         self.min_tokens = min_tokens
         self.max_tokens = max_tokens
-        self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
-        self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
+        spec = spec_for_config(vlm_config)
+        self.image_mean = list(image_mean or spec.image_mean)
+        self.image_std = list(image_std or spec.image_std)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.lora_subfolder = lora_subfolder
@@ -108,6 +109,10 @@ class QZoomConfig(PreTrainedConfig):
         self._validate()
 
     def _validate(self) -> None:
+        for name in ("branch_layer", "branch_depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number of decoder layers, got {value!r}.")
         spec = spec_for_config(self.vlm_config)
         num_layers = self.get_text_config().num_hidden_layers
         if self.branch_depth < 1 or self.branch_layer < 1:

@@ -1,6 +1,8 @@
 """Loading and saving: attach to a plain VLM, full checkpoints, and add-ons that hold the branches only."""
 
 import copy
+import difflib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from .addons_qzoom import (
@@ -46,6 +49,31 @@ def _attention_by_part(config) -> dict[str, Any]:
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     nested = {name: _attention_by_part(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
     return {"": config._attn_implementation, **nested}
+
+
+def image_statistics(name: str, **hub) -> dict[str, list[float]]:
+    """`image_mean` and `image_std` of a repository's image processor, so that crops are normalised as its images are.
+
+    Args:
+        name: repository or folder.
+        hub: where and how to look, as for `from_pretrained`.
+    """
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(name, **hub)
+    except OSError:  # a folder with weights only
+        return {}
+    return {key: found[key] for key in ("image_mean", "image_std") if found.get(key)}
+
+
+def check_zoom_config(fields: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: a key is no field of `QZoomConfig`.
+    """
+    known = set(inspect.signature(QZoomConfig.__init__).parameters) - {"self", "kwargs", "vlm_config"}
+    for key in sorted(set(fields) - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}."
+        raise ValueError(f"zoom_config has no field {key!r}{hint}")
 
 
 def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
@@ -123,7 +151,9 @@ class QZoomLoadingMixin:
             branch_layer: K, where the branches read.
             branch_depth: T, decoder layers of a branch.
             has_gate: also attach a gate.
-            zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics.
+            zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics. Zooming needs
+                a budget, here (`max_tokens`) or in the call (`crop_max_tokens`). Image statistics are read from the
+                folder where it holds an image processor, and are the family's otherwise.
             kwargs: `from_pretrained` arguments of the plain VLM (`dtype`, `device_map`, `quantization_config`, …) for
                 a name. The branches stay in 16 bit, so that they can be trained; quantize them when they are done.
 
@@ -131,10 +161,12 @@ class QZoomLoadingMixin:
             A model in evaluation mode.
 
         Raises:
-            ValueError: unsupported VLM, layers beyond its last one, or a loaded model with LoRA adapters.
+            ValueError: unsupported VLM, layers beyond its last one, an unknown field in `zoom_config`, or a loaded
+                model with LoRA adapters.
         """
         fields = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
         fields |= zoom_config or {}
+        check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
@@ -142,7 +174,10 @@ class QZoomLoadingMixin:
         name = os.fspath(vlm)
         # the model type first: transformers' own message on one that it does not know would not help
         found, _ = PreTrainedConfig.get_config_dict(name, **_hub_keywords(kwargs, "subfolder"))
+        if found.get("model_type") == QZoomConfig.model_type:
+            raise ValueError(f"{name} is a Q-Zoom checkpoint already; load it with from_pretrained.")
         spec_for_model_type(found.get("model_type"))
+        fields = {**image_statistics(name, **_hub_keywords(kwargs, "subfolder")), **fields}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], ("lm_head",))
         plain, info = AutoModelForImageTextToText.from_pretrained(name, **{**kwargs, "output_loading_info": True})

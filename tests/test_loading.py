@@ -350,3 +350,26 @@ def test_gradient_checkpointing_with_a_frozen_backbone(qwen):
     assert given.keys() == expected.keys() and all(name.startswith("zoom.") for name in given)
     for name, gradient in given.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_crops_are_normalised_as_the_folders_images_are(tmp_path):
+    folder = plain_folder("qwen3_vl", tmp_path / "base")
+    attach = QZoomForConditionalGeneration.from_backbone
+    assert attach(folder, branch_layer=3, branch_depth=2).config.image_mean == [0.5, 0.5, 0.5]
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = attach(folder, branch_layer=3, branch_depth=2).config
+    assert config.image_mean == [0.1] * 3 and config.image_std == [0.2] * 3
+    given = attach(folder, branch_layer=3, branch_depth=2, zoom_config={"image_mean": [0.3] * 3}).config
+    assert given.image_mean == [0.3] * 3 and given.image_std == [0.2] * 3
+
+
+def test_misuse_of_from_backbone(tmp_path):
+    attach = QZoomForConditionalGeneration.from_backbone
+    with pytest.raises(ValueError, match="no field 'gate_treshold'; did you mean 'gate_threshold'"):
+        attach(tiny_vlm("qwen2_5_vl"), branch_layer=3, zoom_config={"gate_treshold": 0.4})
+    with pytest.raises(ValueError, match="branch_layer must be a whole number"):
+        attach(tiny_vlm("qwen2_5_vl"), branch_layer="3")
+    attach(tiny_vlm("qwen2_5_vl"), branch_layer=3, branch_depth=2).save_pretrained(tmp_path / "zoom")
+    with pytest.raises(ValueError, match="Q-Zoom checkpoint already; load it with from_pretrained"):
+        attach(tmp_path / "zoom", branch_layer=3)
