@@ -10,7 +10,7 @@ from .regions_qzoom import Box, Rectangle
 REASONS = ("gate_open", "gate_closed", "forced", "off", "no_image", "video", "empty_map", "crop_failed")
 
 
-@dataclass(eq=False)
+@dataclass
 class ZoomReport:
     """Whether, why and where one row was zoomed; Python numbers and CPU float32 tensors.
 
