@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export IMAGE QUESTION
 
-.PHONY: demo test test-all lint format figures train-demo clean
+.PHONY: demo test test-all lint format figures train-demo ablations clean
 
 # CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
 $(VENV)/.core: pyproject.toml
@@ -20,12 +20,13 @@ $(VENV)/.dev: $(VENV)/.core
 demo: $(VENV)/.core
 	$(BIN)/python examples/demo.py $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"}
 
+# one process a core; small models gain nothing from threads
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# the slow tier too: clean environments, all 200 mixed batches
+# the slow tier too: clean environments, killed and restarted runs, two processes
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -35,13 +36,21 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the figures in the README: 500 fresh pages
-figures: $(VENV)/.core
-	$(BIN)/python -m modeling_qzoom.evaluation hub_release/checkpoints/qzoom-demo
+$(VENV)/.train: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train]"
+	touch $@
+
+# the figures in the README: 2,000 fresh rows
+figures: $(VENV)/.train
+	OMP_NUM_THREADS=1 $(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --seed 1
 
 # from nothing to hub_release/checkpoints/qzoom-demo
-train-demo: $(VENV)/.core
+train-demo: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python hub_release/train_demo.py
+
+# after train-demo, on its stages
+ablations: $(VENV)/.train
+	OMP_NUM_THREADS=1 $(BIN)/python hub_release/ablate_demo.py
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .ruff_cache

@@ -1,14 +1,19 @@
 """From nothing to the demo checkpoint: `python hub_release/train_demo.py`.
 
-Stages leave their weights in the work folder and are skipped when these exist, so an interrupted run resumes.
+The backbone is trained from scratch; what follows are the stages of `python -m modeling_qzoom.training`, as a user
+runs them, with the configurations in `hub_release/demo`. What exists in the work folder is not made again, so an
+interrupted run goes on where it stopped; `times.json` there adds up what each step took.
 """
 
 import argparse
 import json
 import logging
-import random
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +25,17 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from modeling_qzoom import QZoomForConditionalGeneration  # noqa: E402
+from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
 from modeling_qzoom.evaluation.synthetic import question_corpus  # noqa: E402
-from modeling_qzoom.training.branches import balance, train_branch  # noqa: E402
 from modeling_qzoom.training.demo_backbone import train_decoder, train_tower, training_parts  # noqa: E402
 from modeling_qzoom.training.demo_checkpoint import (  # noqa: E402
-    CROP_TOKENS,
-    attach_branches,
-    build_processor,
+    figure_table,
+    write_attached,
     write_card,
     write_checkpoint,
 )
-from modeling_qzoom.training.demo_labels import LEGIBLE_PAGES, choose_heads, gate_rows, region_rows  # noqa: E402
 from modeling_qzoom.training.demo_model import build_backbone, demo_config  # noqa: E402
-from modeling_qzoom.training.demo_options import choose_options  # noqa: E402
 from modeling_qzoom.training.loop import load_state  # noqa: E402
-from modeling_qzoom.training.packing import Packer  # noqa: E402
-from modeling_qzoom.training.region_labels import TriStateRule  # noqa: E402
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
 
 
@@ -46,34 +45,55 @@ class DecoderStage:
 
     Args:
         name: Its file in the work folder.
-        groups: Samples per step: small views, whole legible pages, views to search in, coarse pages with crops, whole
-            pages in many tokens.
+        groups: Samples per step by name, see `demo_data.DRAW`.
         decay: Share of the steps with a falling rate.
         lr: Peak rate.
     """
 
     name: str
     steps: int
-    groups: tuple[int, int, int, int, int]
+    groups: dict[str, int]
     decay: float
     lr: float = 2e-3
 
 
-TOWER_STEPS = 720
+TOWER_STEPS = 900
 DECODER_STAGES = (
-    DecoderStage("2-read", 400, (14, 16, 0, 0, 0), decay=0.0),
-    DecoderStage("3-pages", 200, (8, 6, 0, 10, 0), decay=0.0),
-    DecoderStage("4-polish", 600, (6, 0, 11, 7, 0), decay=0.7),
-    DecoderStage("5-large", 240, (6, 0, 5, 9, 2), decay=1.0, lr=1e-3),
+    DecoderStage("2-read", 500, {"crop": 14, "whole": 16}, decay=0.0),
+    DecoderStage("3-pages", 300, {"crop": 8, "whole": 6, "page": 10}, decay=0.0),
+    DecoderStage("4-polish", 900, {"crop": 6, "search": 11, "page": 7}, decay=0.7),
+    DecoderStage("5-large", 400, {"crop": 4, "search": 5, "page": 10, "large": 2}, decay=1.0, lr=1e-3),
 )
-LABEL_TOKENS = 144
-"""Budget of the view in which the backbone's attention is read: it searches best where it can see."""
-LEGIBLE_TOKENS = 196
-"""Budget at which pages with larger codes are legible, so that wrong answers can be left out."""
-LABEL_RULE = TriStateRule(foreground=0.4, background=0.25, growth=0, largest_box=0.25)
-"""A cell is an eighth of the page here, not a twenty-fourth: no growth, and little is left undecided."""
 
 logger = logging.getLogger("train_demo")
+
+
+class Clock:
+    """Seconds that each step has taken, over all runs of the recipe.
+
+    Args:
+        path: JSON file that keeps them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, float]:
+        """Seconds by step."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Adds the time spent within it, also where it is interrupted."""
+        logger.info("step %s", name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            times = self.read()
+            times[name] = round(times.get(name, 0) + time.monotonic() - began, 1)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(times, indent=2) + "\n")
 
 
 def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -84,7 +104,7 @@ def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedToke
     return build_backbone(demo_config(-(-len(tokenizer) // 64) * 64, ids)), tokenizer
 
 
-def train_backbone(work: Path, scale: float) -> None:
+def train_backbone(work: Path, scale: float, clock: Clock) -> None:
     """Run the backbone's stages that have not left their weights yet.
 
     Args:
@@ -99,13 +119,15 @@ def train_backbone(work: Path, scale: float) -> None:
     elif newest > 0:
         load_state(parts, paths[newest])
     for index in range(newest + 1, len(paths)):
-        logger.info("stage %s", paths[index].stem)
-        if index == 0:
-            train_tower(parts, round(TOWER_STEPS * scale), paths[0])
-            continue
-        stage = DECODER_STAGES[index - 1]
-        steps = round(stage.steps * scale)
-        train_decoder(model, parts, tokenizer, steps, paths[index], stage.groups, stage.decay, stage.lr, seed=index)
+        with clock.step(paths[index].stem):
+            if index == 0:
+                train_tower(parts, round(TOWER_STEPS * scale), paths[0])
+                continue
+            stage = DECODER_STAGES[index - 1]
+            steps = round(stage.steps * scale)
+            train_decoder(
+                model, parts, tokenizer, steps, paths[index], stage.groups, stage.decay, stage.lr, seed=index
+            )
 
 
 def load_tower(parts: torch.nn.ModuleDict, path: Path) -> None:
@@ -113,68 +135,108 @@ def load_tower(parts: torch.nn.ModuleDict, path: Path) -> None:
     load_state(torch.nn.ModuleDict({"visual": parts["model"].visual, "heads": parts["heads"]}), path)
 
 
-def train_branches(work: Path, steps: tuple[int, int], pages: tuple[int, int]) -> tuple[Any, PreTrainedTokenizerFast]:
-    """Label with the trained backbone, then train region and gate branch; returns the model and its tokenizer.
+def attach(work: Path, folder: Path, **branches: int) -> None:
+    """Write the backbone with untrained branches, unless that is done."""
+    if not (folder / "config.json").exists():
+        vlm, tokenizer = fresh_backbone()
+        load_state(training_parts(vlm), work / f"{DECODER_STAGES[-1].name}.safetensors")
+        write_attached(vlm.eval(), tokenizer, folder, **branches)
+
+
+def run_stage(clock: Clock, stage: str, name: str | None = None, **overrides: Any) -> None:
+    """Run a training stage with the demo's configuration, as its command.
 
     Args:
-        steps: Steps of the region and of the gate branch.
-        pages: Pages that are labelled for them.
+        name: Of the step, the stage's by default.
+        overrides: Options that win over the file's.
     """
-    vlm, tokenizer = fresh_backbone()
-    load_state(training_parts(vlm), work / f"{DECODER_STAGES[-1].name}.safetensors")
-    vlm.eval().requires_grad_(False)
-    packer = Packer(tokenizer)
-    model = attach_branches(vlm)
-    for place, branch in enumerate(("region", "gate")):
-        path = work / f"{6 + place}-{branch}.safetensors"
-        if not path.exists():
-            if branch == "region":
-                heads = choose_heads(vlm, packer, LABEL_TOKENS)
-                rows = region_rows(vlm, packer, heads, pages[0], LABEL_TOKENS, LABEL_RULE)
-                legible = {"settings": LEGIBLE_PAGES, "only_right": True, "seed": 14}
-                rows += region_rows(vlm, packer, heads, pages[0], LEGIBLE_TOKENS, LABEL_RULE, **legible)
-            else:
-                rows = balance(gate_rows(vlm, packer, pages[1], CROP_TOKENS["balanced"]), random.Random(0))
-            train_branch(model, tokenizer, rows, branch, steps[place], path)
-        load_state(getattr(model.zoom, branch), path)
-    return model, tokenizer
+    options = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in overrides.items()]
+    config = ROOT / "hub_release" / "demo" / f"{stage}.yaml"
+    command = [sys.executable, "-m", "modeling_qzoom.training", stage, "--config", str(config), *options]
+    with clock.step(name or stage):
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
-def finish(model: QZoomForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, pages: int) -> None:
-    """Choose the options as the stored precision behaves, write the checkpoint, measure it and add its card."""
-    write_checkpoint(model, tokenizer, folder, None)
-    model = QZoomForConditionalGeneration.from_pretrained(folder)
-    for name, value in choose_options(model, build_processor(tokenizer)).items():
-        setattr(model.config, name, value)
-    write_checkpoint(model, tokenizer, folder, None)
-    figures = folder.parent / "qzoom-demo-figures.json"
-    # relative to the repository, so that the command in the card works in any clone
-    shown = [str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in (folder, figures)]
-    command = [sys.executable, "-m", "modeling_qzoom.evaluation", shown[0], "--pages", str(pages), "--json", shown[1]]
-    subprocess.run(command, cwd=ROOT, check=True)
-    write_card(folder, model, json.loads(figures.read_text()))
+def train_branches(work: Path, clock: Clock) -> None:
+    """Stages 1 and 2, and the labels of 2.5 and 3: everything that all seeds share."""
+    attach(work, work / "attached")
+    if not (work / "heads.yaml").exists():
+        run_stage(clock, "find-heads", model=work / "attached", output=work / "heads.yaml")
+    labels = {"heads": work / "heads.yaml", "output": work / "region-labels"}
+    run_stage(clock, "label-regions", model=work / "attached", **labels)
+    regions = work / "regions"
+    run_stage(clock, "train-regions", model=work / "attached", labels=work / "region-labels", output=regions)
+    run_stage(clock, "mine-fusion", model=regions, output=work / "fusion-cases")
+    run_stage(clock, "train-fusion", model=regions, labels=work / "fusion-cases", output=work / "fused")
+    run_stage(clock, "label-gates", model=work / "fused", output=work / "gate-labels")
+    labels["output"] = work / "refit-labels"
+    run_stage(clock, "label-regions", "label-regions, again", model=work / "fused", **labels)
+
+
+def finish_seed(work: Path, clock: Clock, seed: int) -> Path:
+    """Stages 2.5 and 3 and the calibration with a seed; returns the checkpoint's folder."""
+    folder, mark = work / f"seed-{seed}", "" if seed == 0 else f", seed {seed}"
+    refit = {"labels": work / "refit-labels", "output": folder / "refit", "reset": False, "seed": seed}
+    run_stage(clock, "train-regions", f"train-regions, re-fit{mark}", model=work / "fused", **refit)
+    gate = {"labels": work / "gate-labels", "output": folder / "gated", "seed": seed}
+    run_stage(clock, "train-gate", f"train-gate{mark}", model=folder / "refit", other_backbone=False, **gate)
+    done = folder / "calibrated"
+    if not (done / "config.json").exists():
+        report = folder / "calibration.json"
+        run_stage(clock, "calibrate", f"calibrate{mark}", model=folder / "gated", output=done, report=report)
+    return done
+
+
+def evaluate(folder: Path, output: Path, rows: int, *arguments: str) -> dict[str, Any]:
+    """Figures of a checkpoint, measured unless they exist."""
+    if not output.exists():
+        options = ["--model", str(folder), "--rows", str(rows), "--output", str(output), *arguments]
+        subprocess.run([sys.executable, "-m", "modeling_qzoom.evaluation", *options], cwd=ROOT, check=True)
+    return json.loads(output.read_text())
+
+
+def publish(source: Path, output: Path, work: Path, clock: Clock, rows: int) -> None:
+    """Write the checkpoint, measure it and add its card."""
+    model, processor = QZoomForConditionalGeneration.from_pretrained(source), QZoomProcessor.from_pretrained(source)
+    write_checkpoint(model, processor, output)
+    relative = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
+    figures = output.parent / f"{output.name}-figures.json"
+    shifted = output.parent / f"{output.name}-figures-shifted.json"
+    for path in (figures, shifted):
+        path.unlink(missing_ok=True)
+    picture = ("--pareto", str(ROOT / "examples" / "assets" / "pareto.png"))
+    table = figure_table(
+        evaluate(relative, figures, rows, "--split", "test", "--seed", "1", *picture),
+        evaluate(relative, shifted, max(2, rows // 4), "--split", "shifted", "--seed", "1", "--quick"),
+    )
+    minutes = sum(clock.read().values()) / 60
+    history = f"Trained from nothing on one CPU core in {minutes:.0f} minutes by `hub_release/train_demo.py`."
+    write_card(output, model, table, history)
+    shutil.copy(clock.path, output.parent / f"{output.name}-times.json")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "demo-stages", help="folder of the stages' weights"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo-stages", help="folder of all stages")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the backbone stages' numbers of steps")
-    parser.add_argument(
-        "--branch-steps", type=int, nargs=2, default=(300, 120), help="steps of region and gate branch"
-    )
-    parser.add_argument("--label-pages", type=int, nargs=2, default=(500, 480), help="pages labelled for each of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the last stages; the first ships")
     parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
-    parser.add_argument(
-        "--pages", type=int, default=500, help="fresh pages that the published figures are measured on"
-    )
+    parser.add_argument("--rows", type=int, default=2000, help="fresh rows that the figures are measured on")
+    parser.add_argument("--until", choices=["backbone", "labels", "seeds", "end"], default="end", help="where to stop")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    train_backbone(arguments.work, arguments.scale)
-    model, tokenizer = train_branches(arguments.work, tuple(arguments.branch_steps), tuple(arguments.label_pages))
-    finish(model, tokenizer, arguments.output.resolve(), arguments.pages)
+    work = arguments.work.resolve()
+    clock = Clock(work / "times.json")
+    train_backbone(work, arguments.scale, clock)
+    if arguments.until == "backbone":
+        return
+    train_branches(work, clock)
+    if arguments.until == "labels":
+        return
+    finished = [finish_seed(work, clock, seed) for seed in arguments.seeds]
+    if arguments.until == "end":
+        publish(finished[0], arguments.output.resolve(), work, clock, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .decisions_qzoom import CoarseView, decide
 from .fused_pass_qzoom import fused_prefill
 from .fusion_qzoom import length_mask, pad_left, stack_positions
 from .layers_qzoom import (
+    CACHE,
     causal_mask,
     embed_prompt,
     is_dynamic,
@@ -73,7 +74,7 @@ class QZoomGenerationMixin(GenerationMixin):
         # the cache that they belong to
         text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         spec = spec_for_config(self.config.vlm_config)
-        cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+        cache, types = model_kwargs.get(CACHE), model_kwargs.get("mm_token_type_ids")
         cached = 0 if cache is None else cache.get_seq_length()
         if cached > 0 and (types is None or not types[:, cached:].any()):
             offset = getattr(cache, POSITION_OFFSET, None)
@@ -137,7 +138,7 @@ class QZoomGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         if cache is not None and positions is not None and positions.ndim == 3 and len(positions) == 4:
             setattr(cache, POSITION_OFFSET, positions[1, :, -1:] - positions[0, :, -1:])
@@ -156,15 +157,14 @@ class QZoomGenerationMixin(GenerationMixin):
             cache,
         )
         if repeat > 1:
-            outputs.past_key_values.batch_repeat_interleave(repeat)
+            cache.batch_repeat_interleave(repeat)
             outputs.logits = outputs.logits.repeat_interleave(repeat, dim=0)
         if merged is not None:
             fused_mask, fused_positions = merged
             model_kwargs["attention_mask"] = fused_mask.repeat_interleave(repeat, dim=0)
             model_kwargs["position_ids"] = fused_positions.repeat_interleave(repeat, dim=batch_dim)
             model_kwargs.pop("mm_token_type_ids", None)
-            mark_zoomed(outputs.past_key_values)
-        model_kwargs["past_key_values"] = outputs.past_key_values
+            mark_zoomed(cache)
         return outputs
 
     @staticmethod
@@ -268,4 +268,4 @@ class QZoomGenerationMixin(GenerationMixin):
     def _logits(self, last_hidden: Tensor, cache: DynamicCache) -> CausalLMOutputWithPast:
         """(B, D) states of the last tokens → (B, 1, vocabulary) logits."""
         normed = self.vlm.get_decoder().norm(last_hidden[:, None])
-        return CausalLMOutputWithPast(logits=self.get_output_embeddings()(normed), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self.get_output_embeddings()(normed), **{CACHE: cache})

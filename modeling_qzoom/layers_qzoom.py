@@ -4,12 +4,19 @@ No hooks and no state on modules, so two threads may run one model. Layers, norm
 device placement, offloading and gradient checkpointing work as usual.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .backbones_qzoom import VisualFeatures
+
+
+# What transformers calls the cache: as an argument, in the keyword arguments of generate, in outputs. 5.24 renamed it,
+# and the old name warns there.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class DeepStack:
@@ -59,14 +66,8 @@ def causal_mask(decoder: nn.Module, hidden_states: Tensor, attention_mask: Tenso
         attention_mask: (B, cached + n) of all keys; None when nothing is padded.
         cache: holds the keys of earlier tokens, None when there are none.
     """
-    # position_ids stay out: fractional positions look like packed sequences
-    return create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden_states,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=None,
-    )
+    # positions stay out: fractional ones look like packed sequences
+    return create_causal_mask(decoder.config, hidden_states, attention_mask, **{CACHE: cache})
 
 
 def rotary(decoder: nn.Module, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +103,8 @@ def run_layers(
             attention_mask=mask,
             position_embeddings=position_embeddings,
             position_ids=None,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         )
         if deepstack is not None:
             hidden_states = deepstack.add(hidden_states, index)
@@ -145,6 +146,17 @@ def embed_prompt(
             joint[mask[visual].to(joint.device)] = flat.to(joint.device)
         levels.append(joint)
     return embeds, DeepStack(levels, visual)
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache of a call, which may name it either way whatever transformers is installed.
+
+    Raises:
+        ValueError: both names are used.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; pass one of them.")
+    return cache if past_key_values is None else past_key_values
 
 
 def is_dynamic(cache: Cache) -> bool:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .backbones_qzoom import count_images, image_grids, spec_for_config
 from .branches_qzoom import ZoomBranches
@@ -14,7 +15,7 @@ from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import plain_reports
 from .fusion_qzoom import image_spans
 from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
-from .layers_qzoom import check_decoder
+from .layers_qzoom import CACHE, check_decoder, given_cache
 from .loading_qzoom import QZoomLoadingMixin
 from .options_qzoom import resolve_options
 from .refusals_qzoom import check_padding, refuse_hidden_images, refuse_unsupported, refuse_zoomed_cache
@@ -23,13 +24,14 @@ from .supervision_qzoom import branch_pass, check_training_call, fused_language_
 
 
 @dataclass
-class QZoomOutput(ModelOutput):
-    """What `forward` returns.
+class QZoomOutput(CausalLMOutputWithPast):
+    """What `forward` returns: the parent's fields, of which transformers chooses the cache's name, and the branches'.
 
     Args:
         loss (`torch.FloatTensor`, *optional*): language loss, or region loss + gate loss.
         logits (`torch.FloatTensor`, *optional*): (B, n, vocabulary); None in a branch pass.
-        past_key_values (`Cache`, *optional*): the cache, if one was used.
+        past_key_values (`Cache`, *optional*): the cache, if one was used. From transformers 5.24 on the field
+            is `cache`, and this name reads it.
         hidden_states (`tuple`, *optional*): as the VLM returns them.
         attentions (`tuple`, *optional*): as the VLM returns them.
         region_loss (`torch.FloatTensor`, *optional*): BCE over labelled cells.
@@ -38,11 +40,6 @@ class QZoomOutput(ModelOutput):
         gate_logits (`torch.FloatTensor`, *optional*): (B,) float32.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
     region_loss: torch.FloatTensor | None = None
     gate_loss: torch.FloatTensor | None = None
     region_logits: list | None = None
@@ -58,7 +55,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # fp16 keeps these in float32; every 4- and 8-bit recipe leaves them out
     _keep_in_fp32_modules = ["zoom.gate.head", "zoom.region.scorer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -129,6 +126,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         source_images=None,
         source_boxes=None,
         zoom_boxes=None,
+        cache=None,
         **kwargs,
     ) -> QZoomOutput:
         """One pass: plain, over a branch, or over the fused sequence.
@@ -140,6 +138,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
 
         Args:
             input_ids, attention_mask: (B, N); padded on either side in training passes.
+            past_key_values, cache: two names of one argument, whichever the installed transformers uses.
             labels: (B, N) next-token targets, -100 ignored.
             region_targets: per row None or (Q, h, w) in {1, 0, -100} for its only image, or a list with one such
                 tensor per image; a stacked (B, Q, h, w) tensor will do.
@@ -158,6 +157,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         Raises:
             ValueError: targets together with labels, or inputs that do not fit each other.
         """
+        cache = given_cache(past_key_values, cache)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
@@ -174,42 +174,37 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                     "labels and branch targets belong to different training stages; pass either labels, or "
                     "region_targets and gate_targets."
                 )
-            check_training_call(position_ids, past_key_values, inputs_embeds, kwargs)
+            check_training_call(position_ids, cache, inputs_embeds, kwargs)
             result = branch_pass(
                 self, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions
             )
             return QZoomOutput(**result)
         if labels is not None and (source_images is not None or zoom_boxes is not None):
-            check_training_call(position_ids, past_key_values, inputs_embeds, kwargs)
+            check_training_call(position_ids, cache, inputs_embeds, kwargs)
             loss, logits = fused_language_pass(
                 self, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
             )
             return QZoomOutput(loss=loss, logits=logits)
         offset = None
         if position_ids is None and input_ids is not None:
-            position_ids, offset = self._forward_positions(input_ids, attention_mask, past_key_values, vision)
+            position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
         outputs = self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: cache},
             **vision,
             **kwargs,
         )
-        if offset is not None and outputs.past_key_values is not None:
-            setattr(outputs.past_key_values, POSITION_OFFSET, offset)
-        return QZoomOutput(
-            loss=outputs.loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        if offset is not None and outputs.get(CACHE) is not None:
+            setattr(outputs[CACHE], POSITION_OFFSET, offset)
+        shared = ("loss", "logits", CACHE, "hidden_states", "attentions")
+        return QZoomOutput(**{name: outputs.get(name) for name in shared})
 
     def generate(
         self,
@@ -281,7 +276,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             kwargs["return_dict_in_generate"] = True
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        refuse_zoomed_cache(kwargs.get("past_key_values"))
+        cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        refuse_zoomed_cache(cache)
         if input_ids is None and kwargs.get("inputs_embeds") is not None and options.zoom != "never":
             refuse_hidden_images(kwargs, source_images)
         if options.zoom != "never":

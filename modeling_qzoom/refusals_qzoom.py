@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .layers_qzoom import CACHE
+
 
 _ZOOMED = "qzoom_holds_crops"  # set on caches
 _PLAIN = "With zoom='never' the plain model decides about it."
@@ -73,7 +75,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
     Args:
         args: positional arguments of `generate` after the generation config.
         generation_configs: those in force, the call's before the model's.
-        kwargs: keyword arguments of `generate`.
+        kwargs: keyword arguments of `generate`, the cache under the name that transformers gives it.
 
     Raises:
         ValueError: names the feature, the reason and the way out.
@@ -133,7 +135,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
         raise ValueError("paged generation replaces generate by its own scheduler. " + _PLAIN)
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError(_EMBEDDED)
-    past = kwargs.get("past_key_values")
+    past = kwargs.get(CACHE)
     if past is not None and past.get_seq_length() > 0:
         raise ValueError(
             "past_key_values of an earlier turn cannot be continued with images in the prompt: where the crop goes is "

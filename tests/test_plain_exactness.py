@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
+
+from modeling_qzoom.layers_qzoom import CACHE
 
 from .tiny import FAMILIES, Row, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
 
@@ -116,6 +119,37 @@ def test_forward_is_the_plain_backbone(pair, prompt):
     assert torch.equal(ours.logits[valid], theirs.logits[valid])
     last = model(**inputs, logits_to_keep=1).logits
     assert torch.equal(last[:, 0], vlm(**inputs, logits_to_keep=1).logits[:, 0])
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_answers_to_both_names(pair, name):
+    """Whichever of them the installed transformers uses."""
+    family, model, vlm = pair
+    inputs = plain_inputs(make_inputs(family, PROMPTS["one image"]))
+    token, plain = torch.full((1, 1), 40), vlm(**inputs, use_cache=True)
+    cache = DynamicCache(config=model.config.get_text_config())
+    first = model(**inputs, **{name: cache})
+    assert first.past_key_values is cache and first[CACHE] is cache
+    assert [value is cache for value in first.to_tuple()] == [False, True] == [key == CACHE for key in first.keys()]
+    second = model(input_ids=token, **{name: cache})
+    assert torch.equal(first.logits, plain.logits)
+    assert torch.equal(second.logits, vlm(input_ids=token, **{CACHE: plain[CACHE]}).logits)
+    inputs = make_inputs(family, PROMPTS["one image"])
+    for zoom in ("never", "always"):
+        options = {"zoom": zoom, "region_threshold": 0.5, "region_threshold_mode": "peak"}
+        cache = DynamicCache(config=model.config.get_text_config())
+        output = generate(model, inputs, **options, **{name: cache})
+        assert output.past_key_values is cache and cache.get_seq_length() > inputs["input_ids"].shape[1]
+        assert_identical(output, generate(model, inputs, **options))
+
+
+def test_a_call_with_two_caches_is_refused(pair):
+    family, model, _ = pair
+    inputs = plain_inputs(make_inputs(family, PROMPTS["text only"]))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def video_inputs(family: str, rows: list[Row], frames: int = 2) -> dict:

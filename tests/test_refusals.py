@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerationMixin
 
+from modeling_qzoom.layers_qzoom import CACHE
+
 from .generation_fixtures import always, mixed, no_zoom, shared_model
 from .tiny import FAMILIES, Row, make_inputs, plain_inputs
 
@@ -214,7 +216,7 @@ def test_a_plain_turn_can_be_continued_from_its_cache(family, first_turn):
             model.generate(**image_inputs(family), **always(), max_new_tokens=1)
         ids = torch.cat([first.sequences, torch.full((2, 3), 40)], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)], dim=1)
-        turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+        turn = {"input_ids": ids, "attention_mask": mask, CACHE: first.past_key_values}
         results.append(generator.generate(**turn, **settings, **extra))
     expected, got = results
     assert got.sequences.equal(expected.sequences)

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import modeling_qzoom.decisions_qzoom as decisions
+from modeling_qzoom.layers_qzoom import CACHE
 
 from .tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tiny_vlm
 
@@ -175,10 +176,10 @@ def test_a_second_text_turn_continues_from_the_cache(family):
             candidate.generate(
                 input_ids=longer,
                 attention_mask=mask,
-                past_key_values=first.past_key_values,
                 max_new_tokens=3,
                 output_logits=True,
                 return_dict_in_generate=True,
+                **{CACHE: first.past_key_values},
             )
         )
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -199,7 +200,7 @@ def test_a_hand_written_decoding_loop_is_the_plain_one(family):
         steps = [output.logits[:, -1]]
         for _ in range(3):
             token = steps[-1].argmax(-1, keepdim=True)
-            output = candidate(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output = candidate(input_ids=token, use_cache=True, **{CACHE: output.past_key_values})
             steps.append(output.logits[:, -1])
         logits.append(torch.stack(steps))
     assert torch.equal(*logits)

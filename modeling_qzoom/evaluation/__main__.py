@@ -1,6 +1,9 @@
-"""Prints the demo figures of a checkpoint.
+"""Measures a checkpoint: accuracy by kind of question, region, gate and cost, against the plain model.
 
-python -m modeling_qzoom.evaluation CHECKPOINT [--pages 500] [--json FILE]
+python -m modeling_qzoom.evaluation --model FOLDER --data synthetic --split test --seed 1 --rows 2000 --output OUT.json
+
+Drawn pages are made anew from the seed. A data file (JSONL or parquet with image, question and answer) is measured
+with the metrics that need neither kinds of questions nor boxes.
 """
 
 import argparse
@@ -9,55 +12,216 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..options_qzoom import resolve_options
-from .demo_figures import FIRST_SEED, measure
+from ..options_qzoom import OPTION_NAMES
+from .arms import ArmRunner
+from .asking import BATCH_SIZE, MAX_NEW_TOKENS, coarse_budget
+from .benchmark import measure_drawn, measure_file
+from .pages import SPLITS
+from .pareto import draw_pareto, require_matplotlib
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of the checkpoint")
-    parser.add_argument("--pages", type=int, default=500)
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--effort", help="preset of the checkpoint")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32 or bfloat16")
-    parser.add_argument("--json", type=Path, help="also write the figures and their conditions here")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    model = QZoomForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    processor = QZoomProcessor.from_pretrained(arguments.checkpoint)
-    options = {"effort": arguments.effort} if arguments.effort else {}
-    began = time.monotonic()
-    summary = measure(model, processor, arguments.first_seed, arguments.pages, options)
-    # what was in force, presets included
-    used = resolve_options(options, (model.generation_config,), model.config, mrope=True)
-    conditions = {
+DRAWN = "synthetic"
+LADDER, LADDER_ROWS, ROWS = (32, 64, 128, 256, 512), 400, 2000
+QUICK = {"ladder": (64, 256), "ladder_rows": 24, "rows": 48}
+FILE_NEW_TOKENS = 64
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.strip().lstrip("+-").isdigit() else least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return number
+
+    return parse
+
+
+def _budgets(text: str) -> tuple[int, ...]:
+    """Budgets in tokens, separated by commas; an empty text for none."""
+    return tuple(_whole(1)(part) for part in text.split(",")) if text.strip() else ()
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A zoom option of `generate` by name; numbers are numbers."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in OPTION_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {', '.join(OPTION_NAMES)}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_qzoom.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="folder of the checkpoint")
+    parser.add_argument("--data", default=DRAWN, metavar="synthetic|FILE", help="drawn pages, or a data file")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where a data file's image paths start")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="split of the drawn pages")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="any seed gives fresh pages")
+    parser.add_argument(
+        "--rows", type=_whole(2), help=f"fine and coarse rows together ({ROWS}); at most so many of a data file (all)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write figures and conditions here")
+    parser.add_argument("--effort", metavar="PRESET", help="preset of the checkpoint to measure")
+    parser.add_argument(
+        "--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="zoom option of generate"
+    )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
+    parser.add_argument("--batch-size", type=_whole(1), default=BATCH_SIZE)
+    parser.add_argument("--max-new-tokens", type=_whole(1), help=f"{MAX_NEW_TOKENS}, or {FILE_NEW_TOKENS} for a file")
+    parser.add_argument(
+        "--ladder", type=_budgets, help=f"budgets of the plain model in tokens ({','.join(map(str, LADDER))})"
+    )
+    parser.add_argument(
+        "--ladder-rows", type=_whole(0), help=f"rows that run ladder and presets ({LADDER_ROWS}); 0 for no ladder"
+    )
+    parser.add_argument("--pareto", type=Path, metavar="FILE.png", help="draw accuracy over visual tokens")
+    parser.add_argument("--page-kinds", action="store_true", help="also the summary by kind of page")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of 48 rows; says little about the model")
+    return parser
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Find what is wrong with the paths before anything is run.
+
+    Raises:
+        ValueError: A folder or file that is not there.
+    """
+    if not (arguments.model / "config.json").is_file():
+        raise ValueError(f"--model {arguments.model} is no folder of a checkpoint (it holds no config.json).")
+    if arguments.data != DRAWN and not Path(arguments.data).is_file():
+        raise ValueError(f"--data {arguments.data}: there is no such file; '{DRAWN}' stands for drawn pages.")
+    for path in (arguments.output, arguments.pareto):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent} to write to.")
+    if arguments.pareto is not None:
+        require_matplotlib()
+        if arguments.ladder_rows == 0:
+            raise ValueError("--pareto needs a ladder: --ladder-rows must be at least 1.")
+
+
+def _or_default(arguments: argparse.Namespace, name: str, default: Any) -> Any:
+    given = getattr(arguments, name)
+    return given if given is not None else QUICK[name] if arguments.quick else default
+
+
+def conditions(runner: ArmRunner, arguments: argparse.Namespace, rows: int, seconds: float) -> dict[str, Any]:
+    """Under what the figures were measured; budgets in merged visual tokens."""
+    model, used, recipe = runner.model, runner.main.used, runner.main.cost.recipe
+    is_drawn = arguments.data == DRAWN
+    return {
         "command": " ".join(["python -m modeling_qzoom.evaluation", *sys.argv[1:]]),
-        "pages": arguments.pages,
-        "first_seed": arguments.first_seed,
-        "coarse_budget": [processor.min_tokens, processor.max_tokens],
-        "crop_budget": [used.crop_min_tokens, used.crop_max_tokens],
-        "gate_threshold": used.gate_threshold,
+        "data": arguments.data,
+        "rows": rows,
+        "split": arguments.split if is_drawn else None,
+        "seed": arguments.seed,
+        "coarse_budget": list(runner.coarse) if runner.coarse else None,
+        "crop_budget": [recipe.min_tokens, recipe.max_tokens] if recipe.square is None else None,
+        "gate_threshold": used.gate_threshold if model.config.has_gate else None,
         "region_threshold": [used.region_threshold, used.region_threshold_mode],
         "effort": arguments.effort,
+        "auto": "derived from the arms 'always' and 'never'" if is_drawn else "run",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.vlm.config._attn_implementation,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU threads",
-        "seconds": round(time.monotonic() - began),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
     }
-    for name, value in {**summary, **conditions}.items():
-        print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"summary": summary, "conditions": conditions}, indent=2) + "\n")
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything between the command line and its output.
+
+    Raises:
+        ValueError, OSError, ImportError: Whatever the user can put right; each with a message that says how.
+    """
+    _check_paths(arguments)
+    model = QZoomForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+    processor = QZoomProcessor.from_pretrained(arguments.model)
+    is_drawn = arguments.data == DRAWN
+    ladder = _or_default(arguments, "ladder", LADDER)
+    if arguments.ladder is None and coarse_budget(processor) is None:
+        ladder = ()  # one fixed token grid has no ladder
+    rows = _or_default(arguments, "rows", ROWS if is_drawn else None)
+    runner = ArmRunner(
+        model,
+        processor,
+        {**({"effort": arguments.effort} if arguments.effort else {}), **dict(arguments.option)},
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens or (MAX_NEW_TOKENS if is_drawn else FILE_NEW_TOKENS),
+        ladder=ladder,
+        ladder_rows=_or_default(arguments, "ladder_rows", LADDER_ROWS),
+    )
+    began = time.monotonic()
+    if is_drawn:
+        result = measure_drawn(runner, arguments.split, arguments.seed, rows, arguments.page_kinds)
+    else:
+        from ..training.data import load_rows
+        from ..training.stage_configs import DataConfig
+
+        images = None if arguments.images is None else str(arguments.images)
+        loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=arguments.seed))
+        result = measure_file(runner, loaded)
+        rows = result["other"]["rows_measured"]
+    result["conditions"] = conditions(runner, arguments, rows, time.monotonic() - began)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.pareto is not None:
+        draw_pareto(result["ladder"], arguments.pareto)
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    for name, value in result["summary"].items():
+        low, high = result["intervals"][name]
+        print(f"{name:28} {value:6.3f}   [{low:.3f}, {high:.3f}]")
+    for name, value in result["other"].items():
+        if isinstance(value, (int, float)):
+            print(f"{name:28} {value:6.3f}" if isinstance(value, float) else f"{name:28} {value}")
+    for point in result["ladder"]:
+        print(
+            f"{point['model']:6}{point['label']:>10} {point['accuracy']:6.3f} at {point['visual_tokens']:.0f} tokens"
+        )
+    for name, value in result["conditions"].items():
+        print(f"{name:28} {value}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 when figures were made, 1 with a one-line error when they could not be.
+
+    Args:
+        argv: Arguments; those of the process by default.
+    """
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("modeling_qzoom").setLevel(logging.INFO)
+    try:
+        _show(evaluate(arguments))
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

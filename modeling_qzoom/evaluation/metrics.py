@@ -1,14 +1,94 @@
-"""Measures of answers, gate and regions. Boxes are (x0, y0, x1, y1) in source pixels, exclusive end."""
+"""Measures of answers, gate and regions, and bootstrap intervals of them.
 
-from collections.abc import Sequence
+Boxes are (x0, y0, x1, y1) in source pixels, exclusive end. All shares are fractions in [0, 1].
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 
 Box = tuple[float, float, float, float]
+Truth = str | Sequence[str]
+Interval = tuple[float, float]
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_CHUNK = 2_000_000  # random indices held in memory at a time
 
 
-def exact_match(answer: str, truth: str) -> bool:
-    """Whether an answer equals the truth but for case and surrounding white space."""
-    return answer.strip().lower() == truth.strip().lower()
+def _truths(truth: Truth) -> list[str]:
+    truths = [truth] if isinstance(truth, str) else list(truth)
+    if not truths:
+        raise ValueError("An answer needs at least one truth to compare with.")
+    return truths
+
+
+def exact_match(answer: str, truth: Truth) -> bool:
+    """Whether an answer equals the truth, or one of several, but for case and surrounding white space.
+
+    Raises:
+        ValueError: An empty list of truths.
+    """
+    return any(answer.strip().lower() == one.strip().lower() for one in _truths(truth))
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance in characters: insertions, deletions and substitutions cost one each."""
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(second, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def anls(answer: str, truth: Truth, threshold: float = 0.5) -> float:
+    """Normalised Levenshtein similarity in [0, 1] to the nearest truth, as DocVQA scores an answer.
+
+    Args:
+        threshold: A similarity has to exceed it, or counts 0: slips of reading score, wrong answers do not.
+
+    Raises:
+        ValueError: An empty list of truths.
+    """
+    best = 0.0
+    given = " ".join(answer.lower().split())
+    for one in _truths(truth):
+        wanted = " ".join(one.lower().split())
+        longest = max(len(given), len(wanted))
+        similarity = 1.0 if longest == 0 else 1 - edit_distance(given, wanted) / longest
+        best = max(best, similarity)
+    return best if best > threshold else 0.0
+
+
+def _number(text: str) -> float | None:
+    """A decimal number or a percentage; None for anything else."""
+    text = text.strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed_match(answer: str, truth: Truth, tolerance: float = 0.05) -> bool:
+    """Whether an answer is within a share of the true number, or equals what is no number, as ChartQA scores it.
+
+    Args:
+        tolerance: Largest accepted deviation as a share of the truth; a truth of zero has to be met exactly.
+
+    Raises:
+        ValueError: An empty list of truths.
+    """
+    given = _number(answer)
+    for one in _truths(truth):
+        wanted = _number(one)
+        if given is not None and wanted:
+            if abs(given - wanted) <= tolerance * abs(wanted):
+                return True
+        elif exact_match(answer, one):
+            return True
+    return False
 
 
 def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
@@ -17,21 +97,29 @@ def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
     Args:
         scores: (n,) any monotone score.
         labels: (n,) True for positives.
+
+    Raises:
+        ValueError: No positive or no negative label.
     """
-    positives = sum(map(bool, labels))
-    negatives = len(labels) - positives
-    if not positives or not negatives:
+    positives, negatives = _tied_counts(scores, labels)
+    return float(_area(positives[None], negatives[None])[0])
+
+
+def _tied_counts(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """(v,) positives and (v,) negatives at each distinct score, in ascending order."""
+    wanted = np.asarray(labels, dtype=bool)
+    if wanted.all() or not wanted.any():
         raise ValueError("auroc needs at least one positive and one negative label.")
-    order = sorted(range(len(scores)), key=lambda i: scores[i])
-    rank_sum, start = 0.0, 0
-    while start < len(order):
-        end = start
-        while end < len(order) and scores[order[end]] == scores[order[start]]:
-            end += 1
-        # tied scores share the mean of the ranks they occupy
-        rank_sum += (start + 1 + end) / 2 * sum(bool(labels[i]) for i in order[start:end])
-        start = end
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    values, place = np.unique(np.asarray(scores, dtype=float), return_inverse=True)
+    counts = [np.bincount(place[chosen], minlength=len(values)) for chosen in (wanted, ~wanted)]
+    return counts[0], counts[1]
+
+
+def _area(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """(b,) areas from (b, v) counts at ascending scores."""
+    below = negatives.cumsum(axis=1) - negatives
+    wins = (positives * (below + negatives / 2)).sum(axis=1)
+    return wins / (positives.sum(axis=1) * negatives.sum(axis=1))
 
 
 def covered_share(box: Box | None, target: Box) -> float:
@@ -45,7 +133,11 @@ def covered_share(box: Box | None, target: Box) -> float:
 
 
 def region_recall(boxes: Sequence[Box | None], targets: Sequence[Box], share: float = 0.9) -> float:
-    """Share of targets of which at least `share` of the area is covered."""
+    """Share of targets of which at least `share` of the area is covered.
+
+    Raises:
+        ValueError: No targets.
+    """
     if not targets:
         raise ValueError("region_recall needs at least one target.")
     hits = [covered_share(box, target) >= share for box, target in zip(boxes, targets, strict=True)]
@@ -55,3 +147,81 @@ def region_recall(boxes: Sequence[Box | None], targets: Sequence[Box], share: fl
 def area_share(box: Box, image_size: tuple[int, int]) -> float:
     """Area of a box as a share of the image's, whose size is (width, height)."""
     return (box[2] - box[0]) * (box[3] - box[1]) / (image_size[0] * image_size[1])
+
+
+def _percentiles(draw: Callable[[int], np.ndarray], width: int, resamples: int, confidence: float) -> Interval:
+    """Interval of a statistic: `draw(b)` gives it for b resamples of `width` numbers each."""
+    drawn: list[np.ndarray] = []
+    left = resamples
+    while left > 0:
+        count = min(left, max(1, _CHUNK // width))
+        drawn.append(draw(count))
+        left -= count
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(np.concatenate(drawn), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """Percentile interval of a mean over rows. Values that are all equal give an interval without width.
+
+    Args:
+        values: (n,) one per row; True counts 1.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: No values.
+    """
+    numbers = np.asarray(values, dtype=float)
+    if not len(numbers):
+        raise ValueError("bootstrap_mean needs at least one value.")
+    rng, count = np.random.default_rng(seed), len(numbers)
+    return _percentiles(
+        lambda b: numbers[rng.integers(0, count, (b, count))].mean(axis=1), count, resamples, confidence
+    )
+
+
+def bootstrap_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Percentile interval of mean(first) − mean(second) over the same rows: both are resampled together.
+
+    Raises:
+        ValueError: Different numbers of values, or none.
+    """
+    if len(first) != len(second):
+        raise ValueError(
+            f"A paired difference needs as many values on both sides, got {len(first)} and {len(second)}."
+        )
+    paired = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    return bootstrap_mean(paired, seed=seed, resamples=resamples, confidence=confidence)
+
+
+def bootstrap_auroc(
+    scores: Sequence[float],
+    labels: Sequence[bool],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Percentile interval of `auroc`; positives and negatives are resampled apart, so that no resample lacks either.
+
+    Raises:
+        ValueError: No positive or no negative label.
+    """
+    positives, negatives = _tied_counts(scores, labels)
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> np.ndarray:
+        drawn = [rng.multinomial(part.sum(), part / part.sum(), size=count) for part in (positives, negatives)]
+        return _area(*drawn)
+
+    return _percentiles(draw, len(positives), resamples, confidence)

@@ -1,4 +1,4 @@
-"""Puts backbone, branches, tokenizer and options together into the demo checkpoint's folder, which holds data only."""
+"""The demo's folders: the plain backbone that the stages start from, and the finished checkpoint, which holds data only."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from .views import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 
 
 BRANCH_LAYER, BRANCH_DEPTH = 3, 2
-CROP_TOKENS = {"fast": 64, "balanced": 144, "accurate": 196}
+CROP_TOKENS = 144
 LARGEST_BYTES = 8_000_000
 
 CARD = """\
@@ -28,42 +28,49 @@ tags: [q-zoom, demo]
 # Q-Zoom demo
 
 A vision-language model of {millions:.1f} million weights, trained from scratch on drawn pages, that shows Q-Zoom at
-work on any machine. It reads pages of one kind only: coloured shapes with small three-digit codes. It is no general
-model.
+work on any machine. It reads pages of three kinds only: coloured shapes with small three-digit codes, forms with
+labelled values, and lines of small print beside a keyword. It is no general model.
 
-It sees a page in at most {coarse} visual tokens, in which no code is legible, decides per question whether that is
-enough, and otherwise zooms into the place that the question asks about. Region labels come from the model's own
-attention, gate labels from its own answers; true boxes ranked the attention heads, chose thresholds and placed the
-crops that gate labels were made with.
+It sees a page in at most {coarse} visual tokens, in which no small code is legible, decides per question whether that
+is enough, and otherwise zooms into the place that the question asks about. Region labels come from the model's own
+attention, gate labels from its own answers on a ladder of resolutions; true boxes only ranked attention heads and
+thresholds.
 
-Questions it knows: "what is the code on the red circle?", "which number is on the red circle?", "read the red
-circle.", "what color is the star?", "what shape is blue?", "how many shapes are there?".
+Questions it knows, for example: "what is the code on the red circle?", "where is the red circle?", "what color is the
+star?", "what is the total?", "how many fields are there?", "what number is in the city line?", "which word is first?".
 
 ## Figures
 
 {figures}
 
-Trained from nothing on one CPU core in about 100 minutes, with the stages of `hub_release/train_demo.py`, restarted by
-hand while the recipe was tuned.
+{history}
 """
 
 
-def attach_branches(vlm: Qwen2_5_VLForConditionalGeneration, **fields: Any) -> QZoomForConditionalGeneration:
+def attach_branches(
+    vlm: Qwen2_5_VLForConditionalGeneration,
+    branch_layer: int = BRANCH_LAYER,
+    branch_depth: int = BRANCH_DEPTH,
+    **fields: Any,
+) -> QZoomForConditionalGeneration:
     """The demo model: a backbone with branches copied from it.
 
     Args:
+        branch_layer, branch_depth: K and T.
         fields: Further `QZoomConfig` fields, such as thresholds and presets.
     """
     fixed = {
         "min_tokens": COARSE_TOKENS // 2,
         "max_tokens": COARSE_TOKENS,
         "crop_min_tokens": 4,
-        "crop_max_tokens": CROP_TOKENS["balanced"],
+        "crop_max_tokens": CROP_TOKENS,
+        "region_threshold": 0.6,
+        "region_threshold_mode": "peak",
         "image_mean": [IMAGE_MEAN] * 3,
         "image_std": [IMAGE_STD] * 3,
     }
     return QZoomForConditionalGeneration.from_backbone(
-        vlm, branch_layer=BRANCH_LAYER, branch_depth=BRANCH_DEPTH, zoom_config=fixed | fields
+        vlm, branch_layer=branch_layer, branch_depth=branch_depth, zoom_config=fixed | fields
     )
 
 
@@ -87,40 +94,66 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> QZoomProcessor:
     )
 
 
-def figure_table(measured: dict[str, Any]) -> str:
-    """Figures and their conditions, as `python -m modeling_qzoom.evaluation --json` wrote them, in Markdown."""
-    lines = ["| figure | value |", "|---|---|"]
+def write_attached(
+    vlm: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, **branches: int
+) -> None:
+    """Write the backbone with untrained branches: the checkpoint that the stages start from.
+
+    Args:
+        branches: `branch_layer` and `branch_depth`, where they are not the demo's own.
+    """
+    attach_branches(vlm, **branches).to(torch.bfloat16).save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+
+
+def _interval(measured: dict[str, Any], name: str) -> str:
+    low, high = measured.get("intervals", {}).get(name, (None, None))
+    return "" if low is None else f"{low:.3f} – {high:.3f}"
+
+
+def figure_table(measured: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
+    """Figures with 95 % intervals and their conditions, as `python -m modeling_qzoom.evaluation` wrote them.
+
+    Args:
+        measured: On the test split.
+        shifted: On the split of other fonts and layouts.
+    """
+    lines = ["| figure | test | 95 % interval | shifted |", "|---|---|---|---|"]
     for name, value in measured["summary"].items():
-        lines.append(f"| {name} | {value:.3f} |")
+        beside = "" if shifted is None else f"{shifted['summary'][name]:.3f}"
+        lines.append(f"| {name} | {value:.3f} | {_interval(measured, name)} | {beside} |")
+    for name, value in measured.get("other", {}).items():
+        if name.startswith(("multi_", "absent_")):
+            beside = "" if shifted is None else f"{shifted['other'][name]:.3f}"
+            lines.append(f"| {name} | {value:.3f} | | {beside} |")
     conditions = ", ".join(f"{name} {value}" for name, value in measured["conditions"].items() if name != "command")
     return "\n".join(lines) + f"\n\n`{measured['conditions']['command']}`: {conditions}."
 
 
-def write_card(folder: Path, model: QZoomForConditionalGeneration, measured: dict[str, Any] | None) -> None:
-    """Write the model card; without figures it says so."""
-    figures = figure_table(measured) if measured else "Not measured yet."
+def write_card(folder: Path, model: QZoomForConditionalGeneration, figures: str, history: str) -> None:
+    """Write the model card.
+
+    Args:
+        figures: Markdown of what was measured.
+        history: How the weights came about, with its time.
+    """
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    card = CARD.format(millions=millions, coarse=COARSE_TOKENS, figures=figures)
+    card = CARD.format(millions=millions, coarse=COARSE_TOKENS, figures=figures, history=history)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_checkpoint(
-    model: QZoomForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    measured: dict[str, Any] | None,
-) -> None:
-    """Write the checkpoint in bfloat16: weights, configuration, processor and card, no code.
+def write_checkpoint(model: QZoomForConditionalGeneration, processor: QZoomProcessor, folder: Path) -> None:
+    """Write the checkpoint in bfloat16: weights, configuration and processor, no code.
 
     Raises:
         RuntimeError: The folder is larger than the project allows.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.base_model_name_or_path = None  # the backbone exists nowhere else
     model.to(torch.bfloat16).save_pretrained(folder)
-    build_processor(tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
     for code in folder.glob("*.py"):
         code.unlink()  # the build step adds the code, so that it exists once
-    write_card(folder, model, measured)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > LARGEST_BYTES:
         raise RuntimeError(f"{folder} holds {size} bytes, more than {LARGEST_BYTES}.")

@@ -1,49 +1,69 @@
-"""Training samples for the demo: which pages, views and questions each stage sees."""
+"""Training samples for the demo's backbone: which pages, views and questions each stage sees."""
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..evaluation.synthetic import (
-    CODE_QUESTIONS,
-    Page,
-    PageSettings,
-    Question,
-    coarse_questions,
-    code_question,
-    draw_page,
-)
-from .packing import Sample, Segment
-from .views import View, cell_crop, item_view, whole_view
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from ..evaluation.pages import Page, PageSettings, Question, union
+from ..evaluation.synthetic import absent_question, code_question, coarse_question, draw_page, multi_question
+from .packing import Batch, Packer, Sample, Segment
+from .tower import ViewBatch, stack_views
+from .views import View, cell_crop, code_view, entry_view, whole_view
 
 
 COARSE_TOKENS = 64
 LARGE = PageSettings(side=(500, 800), digit_width=(1 / 30, 1 / 18))
 FEW = PageSettings(side=(500, 700), items=(2, 3), digit_width=(1 / 26, 1 / 19))
 MIXED = PageSettings(side=(700, 1200), digit_width=(1 / 66, 1 / 36))
-LARGEST_SEED = 10**9
-"""Training pages have seeds below this, evaluation pages above: they never meet."""
+BENCHMARK = PageSettings(side=(900, 1400))
+PAGE_WEIGHTS = {"scene": 4, "form": 3, "text": 4}
 
 
-def _page(rng: random.Random, settings: PageSettings | None) -> Page:
-    return draw_page(rng.randrange(LARGEST_SEED), settings)
+def random_page(rng: random.Random, settings: PageSettings) -> Page:
+    """A page of the training split."""
+    kind = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
+    return draw_page(rng.randrange(10**12), settings, kind)
 
 
-def _fine(page: Page, index: int, rng: random.Random) -> Question:
-    return code_question(page, index, rng.choice(CODE_QUESTIONS))
+def _codes(page: Page, among: tuple[int, ...], count: int, rng: random.Random) -> list[Segment]:
+    """Questions about some of the codes that a view shows, now and then about two at once or about none."""
+    chosen = rng.sample(among, min(count, len(among)))
+    segments = [Segment(code_question(page, index, rng)) for index in chosen]
+    if len(among) > 1 and rng.random() < 0.15:
+        question = multi_question(page, rng)
+        if set(question.items) <= set(among):
+            segments.append(Segment(question))
+    return segments
 
 
-def _some_coarse(page: Page, count: int, rng: random.Random) -> list[Question]:
-    questions = coarse_questions(page)
-    return rng.sample(questions, min(count, len(questions)))
+def _coarse(page: Page, count: int, rng: random.Random) -> list[Segment]:
+    """Different questions that need no small print, now and then one about what is not there."""
+    asked: dict[str, Question] = {}
+    for _ in range(count):
+        question = coarse_question(page, rng)
+        asked[question.text] = question
+    if rng.random() < 0.2:
+        question = absent_question(page, rng)
+        asked[question.text] = question
+    return [Segment(question) for question in asked.values()]
 
 
 def tower_views(rng: random.Random, count: int, digits: tuple[float, float]) -> list[View]:
     """Views for the tower's dense labels: crops with digits `digits` pixels wide, some whole pages."""
-    views = []
+    views: list[View] = []
     while len(views) < count:
-        page = _page(rng, MIXED if rng.random() < 0.75 else LARGE)
-        for index in rng.sample(range(len(page.items)), min(3, len(page.items))):
-            views.append(item_view(page, index, rng.choice([16, 25, 25, 36]), rng, digits))
-        if rng.random() < 0.5:
+        page = random_page(rng, MIXED if rng.random() < 0.75 else LARGE)
+        for index in rng.sample(range(len(page.entries)), min(3, len(page.entries))):
+            if page.entries[index].large:
+                continue
+            view = code_view(page, index, rng.choice([16, 25, 25, 36]), rng, digits)
+            if page.kind != "scene" and rng.random() < 0.5:
+                view = entry_view(page, index, 48, rng, digits) or view
+            views.append(view)
+        if rng.random() < 0.6:
             views.append(whole_view(page, COARSE_TOKENS))
         if rng.random() < 0.08:
             views.append(whole_view(page, 144))
@@ -51,23 +71,23 @@ def tower_views(rng: random.Random, count: int, digits: tuple[float, float]) -> 
 
 
 def crop_sample(rng: random.Random) -> Sample:
-    """A small view around an item with legible digits, and the codes that it shows: learns to read."""
+    """A small view that holds an entry with legible digits: learns to read."""
     while True:
-        page = _page(rng, LARGE if rng.random() < 0.5 else MIXED)
-        view = item_view(page, rng.randrange(len(page.items)), rng.choice([16, 25, 36]), rng, (9, 18))
-        if view.legible:
-            chosen = rng.sample(view.legible, min(4, len(view.legible)))
-            return Sample(view, [Segment(_fine(page, index, rng)) for index in chosen])
+        page = random_page(rng, LARGE if rng.random() < 0.5 else MIXED)
+        view = entry_view(page, rng.randrange(len(page.entries)), 48, rng, (8.5, 18))
+        if view is not None and view.legible:
+            return Sample(view, _codes(page, view.legible, 4, rng))
 
 
 def part_sample(rng: random.Random) -> Sample:
-    """A large part of a page, several legible codes at once: learns to search where it can read."""
+    """A part of a page with several legible codes at once: learns to search where it can read."""
     while True:
-        page = _page(rng, MIXED)
-        view = item_view(page, rng.randrange(len(page.items)), rng.choice([64, 100]), rng, (9, 13))
-        if len(view.legible) > 1:
-            chosen = rng.sample(view.legible, min(5, len(view.legible)))
-            return Sample(view, [Segment(_fine(page, index, rng)) for index in chosen])
+        page = random_page(rng, MIXED)
+        first = rng.randrange(len(page.entries) - 1)
+        pair = page.entries[first : first + 2]
+        view = entry_view(page, first, 120, rng, (8.5, 13), union(*(entry.box for entry in pair)))
+        if view is not None and len(view.legible) > 1:
+            return Sample(view, _codes(page, view.legible, 5, rng))
 
 
 def search_sample(rng: random.Random) -> Sample:
@@ -79,44 +99,101 @@ def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
     """A whole page with large, legible codes and questions of both kinds.
 
     Args:
-        few_share: Share of pages with two or three items only, where searching is easier to learn.
+        few_share: Share of pages with two or three entries only, where searching is easier to learn.
     """
     while True:
         few = rng.random() < few_share
-        page = _page(rng, FEW if few else LARGE)
+        page = random_page(rng, FEW if few else LARGE)
         view = whole_view(page, COARSE_TOKENS if few else rng.choice([COARSE_TOKENS, 100, 144]))
         if view.legible:
-            chosen = rng.sample(view.legible, min(4, len(view.legible)))
-            segments = [Segment(_fine(page, index, rng)) for index in chosen]
-            return Sample(view, segments + [Segment(question) for question in _some_coarse(page, 3, rng)])
+            return Sample(view, _codes(page, view.legible, 4, rng) + _coarse(page, 3, rng))
 
 
 def large_sample(rng: random.Random) -> Sample:
     """A whole page in many tokens: what the plain model needs where it may not zoom."""
     while True:
-        page = _page(rng, MIXED)
+        page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK)
         view = whole_view(page, rng.choice([256, 400, 512]))
         if view.legible:
-            chosen = rng.sample(view.legible, min(6, len(view.legible)))
-            segments = [Segment(_fine(page, index, rng)) for index in chosen]
-            return Sample(view, segments + [Segment(question) for question in _some_coarse(page, 2, rng)])
+            return Sample(view, _codes(page, view.legible, 6, rng) + _coarse(page, 2, rng))
 
 
 def fused_sample(rng: random.Random) -> Sample:
     """A page at the coarse budget with crops as inference makes them, plain rows beside them.
 
-    Some crops lie around the wrong item: then the page's own tokens have to answer.
+    One crop in five stands at the positions of a second image. Some crops lie around the wrong entry: then the page's
+    own tokens have to answer.
     """
-    page = _page(rng, MIXED if rng.random() < 0.7 else PageSettings(side=(1000, 1300)))
+    page = random_page(rng, MIXED if rng.random() < 0.6 else BENCHMARK)
     view = whole_view(page, COARSE_TOKENS)
+    small = [index for index, entry in enumerate(page.entries) if not entry.large]
+
+    def crop(question: Question, index: int, tokens: int) -> Segment:
+        entry = page.entries[index]
+        target = entry.line if rng.random() < 0.7 else question.box if question.items else entry.code_box
+        seen, cells = cell_crop(page, target, view.grid, tokens, rng)
+        return Segment(question, seen, cells if rng.random() < 0.8 else None)
+
     segments = []
-    for index in rng.sample(range(len(page.items)), min(2, len(page.items))):
-        crop, cells = cell_crop(page, index, view.grid, rng.choice([49, 64, 100, 100, 144]), rng)
-        segments.append(Segment(_fine(page, index, rng), crop, cells))
-    segments += [Segment(question) for question in _some_coarse(page, 2, rng)]
-    if rng.random() < 0.3:
-        segments.append(Segment(_fine(page, rng.randrange(len(page.items)), rng)))
+    for index in rng.sample(small, min(2, len(small))):
+        segments.append(crop(code_question(page, index, rng), index, rng.choice([49, 64, 100, 144, 144])))
+    segments += _coarse(page, 2, rng)
+    if rng.random() < 0.2:
+        segments.append(Segment(code_question(page, rng.choice(small), rng)))
     if rng.random() < 0.25:
-        crop, cells = cell_crop(page, rng.randrange(len(page.items)), view.grid, 36, rng)
-        segments.append(Segment(_some_coarse(page, 1, rng)[0], crop, cells))
+        segments.append(crop(coarse_question(page, rng), rng.choice(small), 64))
     return Sample(view, segments)
+
+
+DRAW = {
+    "crop": crop_sample,
+    "whole": whole_sample,
+    "search": search_sample,
+    "page": fused_sample,
+    "large": large_sample,
+}
+
+
+class TowerSteps(Dataset):
+    """The tower's batches by step: large digits first."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self.seed, self.steps = seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> ViewBatch:
+        rng = random.Random(f"tower/{self.seed}/{step}")
+        return stack_views(tower_views(rng, 48, (18 if step < 0.2 * self.steps else 8.5, 28)))
+
+
+@dataclass
+class StepBatch:
+    """The samples of one step of one kind, packed; kinds keep apart because of their lengths."""
+
+    name: str
+    count: int
+    batch: Batch
+
+
+class DecoderSteps(Dataset):
+    """The decoder's batches by step.
+
+    Args:
+        groups: Samples per step by name, see `DRAW`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, groups: dict[str, int], seed: int, steps: int) -> None:
+        self.packer, self.groups, self.seed, self.steps = Packer(tokenizer), groups, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[StepBatch]:
+        rng = random.Random(f"decoder/{self.seed}/{step}")
+        found = []
+        for name, count in self.groups.items():
+            draw: Callable[[random.Random], Sample] = DRAW[name]
+            found.append(StepBatch(name, count, self.packer([draw(rng) for _ in range(count)])))
+        return found

@@ -4,16 +4,18 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[float], tuple[Tensor, dict[str, float]]]
+Step = Callable[[Any], tuple[Tensor, dict[str, float]]]
 
 
 def save_state(module: nn.Module, path: Path, step: int = 0) -> None:
@@ -46,8 +48,8 @@ def rate(done: float, step: int, warm: int, decay: float) -> float:
 def fit(
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    steps: Dataset,
     step_loss: Step,
-    steps: int,
     path: Path,
     decay: float = 0.5,
     warm: int = 50,
@@ -56,7 +58,8 @@ def fit(
 
     Args:
         optimizers: Their rates at the start are the peak rates.
-        step_loss: From the share of the way done to a loss and measures in [0, 1], which are logged as running means.
+        steps: The data of every step by its number, so that a resumed run sees what it would have seen.
+        step_loss: From a step's data to a loss and measures in [0, 1], which are logged as running means.
         decay: Share of the steps over which the rate falls to nearly nothing; 0 keeps it.
     """
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -69,13 +72,17 @@ def fit(
         load_state(module, running)
         first = load_step(running)
         logger.info("%s resumes at step %d", path.stem, first)
-    for step in range(first, steps):
+    count = len(steps)
+    # drawing pages takes a third of a step's time; another process does it meanwhile
+    loader = DataLoader(steps, batch_size=None, sampler=range(first, count), num_workers=1, prefetch_factor=4)
+    for step, data in enumerate(loader, start=first):
         # the optimisers start anew after an interruption, so they warm up again
-        share = rate(step / steps, step - first, warm, decay)
+        share = rate(step / count, step - first, warm, decay)
         for optimizer, values in zip(optimizers, peaks, strict=True):
             for group, value in zip(optimizer.param_groups, values, strict=True):
                 group["lr"] = value * share
-        loss, measures = step_loss(step / steps)
+        loss, measures = step_loss(data)
+        measures["loss"] = loss.item()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
@@ -86,8 +93,8 @@ def fit(
                 means[name] = 0.95 * means.get(name, value) + 0.05 * value
         if step % 20 == 19:
             shown = " ".join(f"{name} {value:.3f}" for name, value in sorted(means.items()))
-            logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, steps, time.monotonic() - began, shown)
+            logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, count, time.monotonic() - began, shown)
         if step % 100 == 99:
             save_state(module, running, step + 1)
-    save_state(module, path, steps)
+    save_state(module, path, count)
     running.unlink(missing_ok=True)

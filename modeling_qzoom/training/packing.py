@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from ..evaluation.synthetic import Box, Question
+from ..evaluation.pages import Box, Question
+from .tower import ViewBatch, stack_views
 from .views import IGNORE, View
 
 
 @dataclass
 class Segment:
-    """One question, with the crop (view and box in coarse cells) it may look at."""
+    """One question, with the crop it may look at; its box in coarse cells is None for sequential positions."""
 
     question: Question
     crop: View | None = None
@@ -39,18 +40,26 @@ class Batch:
     Args:
         input_ids: (B, n).
         positions: (3, B, n) float32.
-        mask: (B, 1, n, n), True where a query may look at a key.
         labels: (B, n), the token to predict at each place, -100 elsewhere.
         segment: (B, n), 0 for the page and from 1 on for the segments, -1 for padding.
         views: Every view in order of its image tokens.
+        kinds: Per sample and segment the question's kind, with "+crop" where it has one.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
     segment: torch.Tensor
-    views: list[View]
+    labels: torch.Tensor
+    views: ViewBatch
+    kinds: list[list[str]]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, 1, n, n), True where a query may look at a key."""
+        n = self.segment.shape[1]
+        same = self.segment[:, :, None] == self.segment[:, None, :]
+        mask = torch.ones(n, n, dtype=torch.bool).tril() & (same | (self.segment == 0)[:, None, :])
+        return mask[:, None]
 
 
 def _image_positions(view: View, start: int) -> torch.Tensor:
@@ -60,9 +69,14 @@ def _image_positions(view: View, start: int) -> torch.Tensor:
     return torch.stack([torch.zeros(h * w), rows.reshape(-1), cols.reshape(-1)]) + start
 
 
-def _crop_positions(view: View, cells: Box, first: int, page_start: int) -> torch.Tensor:
-    """Continuous positions (3, h * w + 2) of a crop between its markers, which starts at position `first`."""
+def _crop_positions(view: View, cells: Box | None, first: int, page_start: int) -> torch.Tensor:
+    """Positions (3, h * w + 2) of a crop between its markers, which starts at position `first`.
+
+    Continuous ones inside `cells`; those of a second image where `cells` is None.
+    """
     h, w = view.grid
+    if cells is None:
+        cells, page_start = (0, 0, w, h), first + 1
     rows = torch.linspace(page_start + cells[1], page_start + cells[3] - 1, h)
     cols = torch.linspace(page_start + cells[0], page_start + cells[2] - 1, w)
     inner = torch.stack([torch.full((h * w,), first + 1.0), rows.repeat_interleave(w), cols.repeat(h)])
@@ -134,9 +148,11 @@ class Packer:
             labels[row, : len(ids)] = torch.tensor(label)
             segment[row, : len(ids)] = torch.tensor(number)
             views += seen
-        same = segment[:, :, None] == segment[:, None, :]
-        mask = torch.ones(n, n, dtype=torch.bool).tril() & (same | (segment == 0)[:, None, :])
-        return Batch(input_ids, positions, mask[:, None], labels, segment, views)
+        kinds = [
+            [part.question.kind + ("+crop" if part.crop is not None else "") for part in sample.segments]
+            for sample in samples
+        ]
+        return Batch(input_ids, positions, segment, labels, stack_views(views), kinds)
 
 
 def embed(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: torch.Tensor) -> torch.Tensor:

@@ -1,58 +1,83 @@
-"""Region labels from the model's own attention: where does it look while it answers?
+"""From raw attention maps to region labels: foreground, background and "do not know" (paper III-C2, eq. 11 and 12).
 
-Response-to-image attention of a few grounding heads is averaged over the tokens of the answer, brought to the coarse
-grid and cut into foreground, background and "do not know".
+Maps are (h, w) in merged visual tokens, "cells". Raw maps are what is stored; thresholds apply when they are loaded.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-from .packing import Batch, embed
-from .views import IGNORE
+from ..regions_qzoom import Rectangle
+from ..supervision_qzoom import IGNORED
+from .stage_configs import TriStateConfig
 
 
-@dataclass(frozen=True)
-class TriStateRule:
-    """Shares of the map's maximum that separate the three states.
+def _shares(start: float, end: float, cells: int) -> Tensor:
+    """(cells,) share of each unit cell of an axis that the interval covers."""
+    edges = torch.arange(cells + 1, dtype=torch.float32).clamp(start, max(start, end))
+    return edges[1:] - edges[:-1]
+
+
+def covered_cells(box: Rectangle, grid: tuple[int, int]) -> Tensor:
+    """Share (h, w) of each cell that a box covers.
 
     Args:
-        foreground: Cells above this share are foreground.
-        background: Cells below this share are background, where they lie outside the foreground's grown box.
-        growth: Cells by which the foreground's box grows on every side.
-        largest_box: A grown box that covers this share of the grid or more says nothing: no labels.
-        faintest_peak: A map whose maximum is lower says nothing: no labels.
-        sink: Cells whose sink attention reaches this are never foreground.
+        box: (x0, y0, x1, y1) in cells; it may reach beyond the grid.
+        grid: (h, w).
     """
-
-    foreground: float = 0.25
-    background: float = 0.05
-    growth: int = 1
-    largest_box: float = 0.5
-    faintest_peak: float = 5e-3
-    sink: float = 0.01
+    x0, y0, x1, y1 = box
+    return _shares(y0, y1, grid[0])[:, None] * _shares(x0, x1, grid[1])
 
 
-def tri_state(attention: Tensor, sinks: Tensor | None = None, rule: TriStateRule | None = None) -> Tensor:
-    """Labels (h, w) in {1, 0, -100} of an attention map (h, w) and an optional map of sink attention (h, w)."""
-    rule = rule or TriStateRule()
-    h, w = attention.shape
-    labels = torch.full((h, w), IGNORE, dtype=torch.long)
-    clean = attention if sinks is None else attention.masked_fill(sinks >= rule.sink, 0.0)
-    peak = clean.max()
-    if peak < rule.faintest_peak:
+def remove_sinks(attention: Tensor, sinks: Tensor | None, rule: TriStateConfig) -> Tensor:
+    """A map (h, w) with zeros where the sink heads' map (h, w) reaches the threshold."""
+    if sinks is None or not rule.remove_sinks:
+        return attention
+    return attention.masked_fill(sinks >= rule.sink, 0.0)
+
+
+def tri_state(
+    attention: Tensor, sinks: Tensor | None, rule: TriStateConfig, content: Rectangle | None = None
+) -> Tensor:
+    """Labels of a map.
+
+    Foreground are the cells near the maximum. A box round them grows by `rule.dilation` cells; outside it, cells far
+    below the maximum are background, sinks among them. What is left is unknown.
+
+    Args:
+        attention: (h, w) response-to-image attention.
+        sinks: (h, w) attention of sink heads, None without any.
+        rule: Thresholds.
+        content: (x0, y0, x1, y1) in cells: where the image is, if the rest of the grid is padding (background).
+
+    Returns:
+        (h, w) long in {1, 0, -100}; all -100 if the map says nothing: its maximum is too low or the box too large.
+    """
+    height, width = attention.shape
+    labels = torch.full((height, width), IGNORED)
+    if content is None:
+        padding = torch.zeros(height, width, dtype=torch.bool)
+    else:
+        padding = covered_cells(content, (height, width)) < 0.5
+    clean = remove_sinks(attention, sinks, rule)
+    inside = clean.masked_fill(padding, 0.0)
+    peak = inside.max()
+    if peak <= 0 or peak < rule.faintest_peak:
         return labels
-    foreground = clean > rule.foreground * peak
-    rows, cols = foreground.any(1).nonzero().flatten(), foreground.any(0).nonzero().flatten()
-    top, bottom = max(0, int(rows[0]) - rule.growth), min(h, int(rows[-1]) + 1 + rule.growth)
-    left, right = max(0, int(cols[0]) - rule.growth), min(w, int(cols[-1]) + 1 + rule.growth)
-    if (bottom - top) * (right - left) >= rule.largest_box * h * w:
+    foreground = inside > rule.foreground * peak
+    rows, columns = foreground.any(1).nonzero()[:, 0].tolist(), foreground.any(0).nonzero()[:, 0].tolist()
+    grow = rule.dilation
+    top, bottom = max(0, rows[0] - grow), min(height, rows[-1] + 1 + grow)
+    left, right = max(0, columns[0] - grow), min(width, columns[-1] + 1 + grow)
+    if (bottom - top) * (right - left) >= rule.largest_box * height * width:
         return labels
-    background = clean < rule.background * peak
-    background[top:bottom, left:right] = False
-    labels[background] = 0
+    if rule.tri_state:
+        background = clean < rule.background * peak
+        background[top:bottom, left:right] = False
+        labels[background | padding] = 0
+    else:
+        labels[:] = 0
     labels[foreground] = 1
     return labels
 
@@ -66,52 +91,31 @@ def _overlaps(source: int, target: int) -> Tensor:
 
 
 def pool_map(attention: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bring a map (h, w) to another grid; the sum over any region is kept."""
-    h, w = attention.shape
-    return _overlaps(h, grid[0]) @ attention @ _overlaps(w, grid[1]).T
+    """Bring a map (h, w) to another grid by area; the sum over any region is kept."""
+    height, width = attention.shape
+    return _overlaps(height, grid[0]) @ attention @ _overlaps(width, grid[1]).T
 
 
-@torch.no_grad()
-def response_maps(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, image_tokens: Tensor) -> list[list[Tensor]]:
-    """Attention to the page's image tokens from the places that predict a segment's answer, averaged over them.
-
-    The decoder has to run with eager attention, the only one that returns its weights.
-
-    Returns:
-        Per sample and segment a map (layers, heads, h, w). Maps of samples with crops cover the page's tokens only.
-    """
-    weights = model.model.language_model(
-        inputs_embeds=embed(model, batch, image_tokens),
-        position_ids=batch.positions,
-        attention_mask={"full_attention": torch.where(batch.mask, 0.0, torch.finfo(torch.float32).min)},
-        use_cache=False,
-        output_attentions=True,
-    ).attentions
-    stacked = torch.stack(weights, dim=1).float()  # (B, layers, heads, n, n)
-    page_views, at = [], 0
-    for row in range(len(batch.input_ids)):
-        page_views.append(batch.views[at])
-        at += 1 + int(((batch.input_ids[row] == model.config.vision_start_token_id) & (batch.segment[row] > 0)).sum())
-    maps = []
-    for row, view in enumerate(page_views):
-        page = (batch.input_ids[row] == model.config.image_token_id) & (batch.segment[row] == 0)
-        maps.append([])
-        for number in range(1, int(batch.segment[row].max()) + 1):
-            # a place looks for what it predicts next; the last one predicts the end, which is nowhere on the page
-            answer = ((batch.segment[row] == number) & (batch.labels[row] != IGNORE)).nonzero().flatten()[:-1]
-            seen = stacked[row][:, :, answer][..., page].mean(2)
-            maps[-1].append(seen.view(*seen.shape[:2], *view.grid))
-    return maps
-
-
-def grounding_scores(maps: list[Tensor], inside: list[Tensor]) -> Tensor:
-    """Mean share (layers, heads) of the image attention that falls inside the true places.
+def load_region_targets(record: dict[str, Any], grid: tuple[int, int], rule: TriStateConfig) -> Tensor:
+    """Labels of a record of `label-regions`.
 
     Args:
-        maps: Per question a map (layers, heads, h, w).
-        inside: Per question the share (h, w) of each cell that lies inside the true box.
+        record: As `read_labels` yields it.
+        grid: (h, w) of the coarse view that is trained on.
+        rule: Thresholds. With `pool`, a map of another grid is brought to this one first. Sinks are removed before,
+            because their threshold is meant for single cells of the map as it was measured; pooling to fewer cells
+            raises values, so `faintest_peak` then lets more maps pass.
+
+    Returns:
+        (h, w) long in {1, 0, -100}, on `grid` or, without `pool`, on the record's own. All -100: no labels.
     """
-    found = []
-    for attention, place in zip(maps, inside, strict=True):
-        found.append((attention * place).sum((-2, -1)) / attention.sum((-2, -1)).clamp(min=1e-9))
-    return torch.stack(found).mean(0)
+    own = (record["height"], record["width"])
+    attention = torch.tensor(record["grounding"], dtype=torch.float32).view(own)
+    sinks = torch.tensor(record["sinks"], dtype=torch.float32).view(own)
+    content = record.get("content")
+    if not rule.pool or grid == own:
+        return tri_state(attention, sinks, rule, content)
+    if content is not None:
+        scale = (grid[1] / own[1], grid[0] / own[0]) * 2
+        content = tuple(edge * factor for edge, factor in zip(content, scale, strict=True))
+    return tri_state(pool_map(remove_sinks(attention, sinks, rule), grid), None, rule, content)

@@ -6,20 +6,31 @@ import numpy as np
 import torch
 
 from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page
-from modeling_qzoom.training.branches import BranchRow, prompt_inputs
 from modeling_qzoom.training.demo_checkpoint import attach_branches
 from modeling_qzoom.training.packing import Packer, Sample, Segment, answer_loss, embed
-from modeling_qzoom.training.tower import batch_inputs, encode
-from modeling_qzoom.training.views import IGNORE, cell_crop, whole_view
+from modeling_qzoom.training.tower import encode, flat_patches
+from modeling_qzoom.training.views import IGNORE, View, cell_crop, normalise, whole_view
+
+
+def pixel_inputs(view: View) -> dict[str, torch.Tensor]:
+    """What the stock model takes for a view: two temporal copies of every patch."""
+    values = normalise(view.patches).view(-1, 3, 1, 196).expand(-1, 3, 2, -1).reshape(len(view.patches), -1)
+    return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 2 * view.grid[0], 2 * view.grid[1]]])}
+
+
+def prompt_ids(view: View, text: str, tokenizer) -> torch.Tensor:
+    pads = "<|image_pad|>" * (view.grid[0] * view.grid[1])
+    head = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizer(head, return_tensors="pt").input_ids
 
 
 def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> None:
     model = backbone
     page = draw_page(1)
     view = whole_view(page, 64)
-    questions = [code_question(page, 0), coarse_questions(page)[0]]
+    questions = [code_question(page, 0, random.Random(0)), coarse_questions(page)[0]]
     batch = Packer(tokenizer)([Sample(view, [Segment(question) for question in questions])])
-    with torch.no_grad():
+    with torch.no_grad(), flat_patches(model.model.visual):
         tokens, _ = encode(model.model.visual, batch.views)
         packed = model.model.language_model(
             inputs_embeds=embed(model, batch, tokens),
@@ -27,16 +38,13 @@ def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> No
             attention_mask={"full_attention": batch.mask},
             use_cache=False,
         ).last_hidden_state
-    pixels, grid = batch_inputs([view])
-    pads = "<|image_pad|>" * (view.grid[0] * view.grid[1])
     for number, question in enumerate(questions, start=1):
-        text = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question.text}<|im_end|>\n"
-        ids = tokenizer(text + f"<|im_start|>assistant\n{question.answer}", return_tensors="pt").input_ids
+        answer = tokenizer(question.answer, return_tensors="pt").input_ids
+        ids = torch.cat([prompt_ids(view, question.text, tokenizer), answer], dim=1)
         with torch.no_grad():
             alone = model.model(
                 input_ids=ids,
-                pixel_values=pixels,
-                image_grid_thw=grid,
+                **pixel_inputs(view),
                 mm_token_type_ids=(ids == model.config.image_token_id).long(),
             ).last_hidden_state
         mine = packed[0][(batch.segment[0] == number) & (batch.labels[0] != IGNORE)]
@@ -46,47 +54,52 @@ def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> No
 def test_crop_positions_follow_the_documented_rule(tokenizer) -> None:
     page = draw_page(2)
     view = whole_view(page, 64)
-    crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(0))
-    batch = Packer(tokenizer)([Sample(view, [Segment(code_question(page, 0), crop, cells)])])
+    crop, cells = cell_crop(page, page.entries[0].code_box, view.grid, 36, random.Random(0))
+    question = code_question(page, 0, random.Random(0))
+    batch = Packer(tokenizer)([Sample(view, [Segment(question, crop, cells), Segment(question, crop, None)])])
     place = batch.positions[:, 0]
     pads = (batch.input_ids[0] == Packer(tokenizer).pad).nonzero().flatten()
+    crop_tokens = crop.grid[0] * crop.grid[1]
     page_tokens = view.grid[0] * view.grid[1]
     start = int(place[0, pads[0]])
     end = start + max(view.grid)
-    inner = place[:, pads[page_tokens:]]
+    inner = place[:, pads[page_tokens : page_tokens + crop_tokens]]
     assert place[0, pads[page_tokens] - 1] == end + 1
     assert (inner[0] == end + 2).all()
     assert inner[1].min() == start + cells[1] and inner[1].max() == start + cells[3] - 1
     assert inner[2].min() == start + cells[0] and inner[2].max() == start + cells[2] - 1
-    assert place[0, pads[-1] + 1] == end + max(crop.grid) + 2
+    assert place[0, pads[page_tokens + crop_tokens - 1] + 1] == end + max(crop.grid) + 2
+    second = place[:, pads[page_tokens + crop_tokens :]]
+    assert (second[0] == end + 2).all()
+    assert second[1].tolist()[:: crop.grid[1]] == [end + 2 + row for row in range(crop.grid[0])]
+    assert second[2].tolist()[: crop.grid[1]] == [end + 2 + column for column in range(crop.grid[1])]
 
 
 def test_packed_crops_train_what_forward_trains(tokenizer, backbone) -> None:
     vlm = backbone
     page = draw_page(3)
     view = whole_view(page, 64)
-    crop, cells = cell_crop(page, 0, view.grid, 36, random.Random(1))
-    question = code_question(page, 0)
+    crop, cells = cell_crop(page, page.entries[0].code_box, view.grid, 36, random.Random(1))
+    question = code_question(page, 0, random.Random(0))
     batch = Packer(tokenizer)([Sample(view, [Segment(question, crop, cells)])])
-    with torch.no_grad():
+    with torch.no_grad(), flat_patches(vlm.model.visual):
         packed, _ = answer_loss(vlm, batch, encode(vlm.model.visual, batch.views)[0])
+        alone = Packer(tokenizer)([Sample(view, [Segment(question)])])
+        plain, _ = answer_loss(vlm, alone, encode(vlm.model.visual, alone.views)[0])
     model = attach_branches(vlm, crop_max_tokens=36)
-    inputs = prompt_inputs([BranchRow(view, question)], tokenizer)
+    prompt = prompt_ids(view, question.text, tokenizer)
     answer = torch.tensor([[*tokenizer.encode(question.answer), tokenizer.eos_token_id]])
-    labels = torch.cat([torch.full_like(inputs["input_ids"], IGNORE), answer], dim=1)
+    ids = torch.cat([prompt, answer], dim=1)
     with torch.no_grad():
         output = model(
-            input_ids=torch.cat([inputs["input_ids"], answer], dim=1),
-            attention_mask=torch.ones_like(labels),
-            pixel_values=inputs["pixel_values"],
-            image_grid_thw=inputs["image_grid_thw"],
-            mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], dim=1),
-            labels=labels,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **pixel_inputs(view),
+            mm_token_type_ids=(ids == vlm.config.image_token_id).long(),
+            labels=torch.cat([torch.full_like(prompt, IGNORE), answer], dim=1),
             source_images=[torch.from_numpy(np.array(page.image)).permute(2, 0, 1)],
             zoom_boxes=[tuple(int(edge) for edge in crop.box)],
         )
-        alone = Packer(tokenizer)([Sample(view, [Segment(question)])])
-        plain, _ = answer_loss(vlm, alone, encode(vlm.model.visual, alone.views)[0])
     # crops are resized on the device, within one grey level of PIL
     assert abs(output.loss - packed) < 0.02 * abs(packed)
     assert abs(output.loss - packed) < 0.25 * abs(plain - packed)

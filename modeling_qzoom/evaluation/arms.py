@@ -1,0 +1,251 @@
+"""Runs the arms that a benchmark compares: the plain model at several budgets, and the zooming one.
+
+Per row, zoom="auto" gives what zoom="always" gives where the gate opens and what zoom="never" gives where it does
+not. So the zooming arm decodes once with every gate held open, which also yields the gate's probability, and "auto"
+at any threshold follows from it and from the plain arm.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from transformers import BatchFeature
+
+from .. import QZoomForConditionalGeneration, QZoomProcessor
+from ..backbones_qzoom import spec_for_config
+from ..options_qzoom import ZoomOptions, resolve_options
+from .asking import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    Answer,
+    Budget,
+    answer_batch,
+    coarse_budget,
+    in_batches,
+    plain_budget,
+    prepare,
+)
+from .cost import PrefillCost
+from .figures import Outcome, Record
+from .metrics import Box, Truth, anls, exact_match, relaxed_match
+
+
+LARGE = 8
+"""The plain model's large budget, in coarse budgets."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row to be run.
+
+    Args:
+        image: RGB.
+        question: Its text.
+        truth: The right answer, or several.
+        kind, page_kind: Kinds of question and page; empty where the data has none.
+        target: Box that holds the answer, in pixels of the image.
+    """
+
+    image: Image.Image
+    question: str
+    truth: Truth
+    kind: str = ""
+    page_kind: str = ""
+    target: Box | None = None
+
+
+def options_in_force(model: QZoomForConditionalGeneration, options: dict[str, Any]) -> ZoomOptions:
+    """The options that a call with these would run under.
+
+    Raises:
+        ValueError: An unknown preset or a value out of range.
+    """
+    mrope = spec_for_config(model.config.vlm_config).mrope
+    return resolve_options(options, (model.generation_config,), model.config, mrope=mrope)
+
+
+def derive_auto(never: Answer, always: Answer, gate_threshold: float) -> Answer:
+    """What zoom="auto" gives at a threshold.
+
+    Args:
+        never: The row's plain answer.
+        always: Its answer with the gate asked and held open; without a gate, with zoom="always".
+        gate_threshold: Probability from which on the row zooms.
+    """
+    probability = always.report.gate_probability
+    if probability is None or probability >= gate_threshold:
+        return always
+    return replace(never, report=replace(never.report, reason="gate_closed", gate_probability=probability))
+
+
+def to_outcome(answer: Answer, truth: Truth, cost: PrefillCost) -> Outcome:
+    """Scores and costs of an answer."""
+    report = answer.report
+    return Outcome(
+        exact=float(exact_match(answer.text, truth)),
+        anls=anls(answer.text, truth),
+        relaxed=float(relaxed_match(answer.text, truth)),
+        zoomed=report.zoomed,
+        gate_probability=report.gate_probability,
+        box=report.box,
+        visual_tokens=answer.visual_tokens,
+        flops=cost.of_answer(answer),
+    )
+
+
+@dataclass(frozen=True)
+class ZoomArm:
+    """The zooming model under some options.
+
+    Args:
+        name: Of the arm's outcomes.
+        options: For `generate`, without `zoom`.
+        used: The same with everything they leave open.
+        cost: Of its prefill.
+    """
+
+    name: str
+    options: dict[str, Any]
+    used: ZoomOptions
+    cost: PrefillCost
+
+    @property
+    def held_open(self) -> ZoomOptions:
+        """What decides the answers of rows that zoom: everything but the gate's threshold."""
+        return replace(self.used, zoom="auto", gate_threshold=0.0)
+
+
+class ArmRunner:
+    """Runs rows through all arms, one batch of images at a time.
+
+    Args:
+        options: Zoom options of the main arm, such as `{"effort": "fast"}`.
+        ladder: Budgets of the plain model, in merged visual tokens.
+        ladder_rows: How many of the first rows run the ladder and the presets.
+
+    Raises:
+        ValueError: An unknown preset, or a ladder for a backbone with one fixed token grid.
+    """
+
+    def __init__(
+        self,
+        model: QZoomForConditionalGeneration,
+        processor: QZoomProcessor,
+        options: dict[str, Any] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        ladder: Sequence[int] = (),
+        ladder_rows: int = 0,
+    ):
+        self.model, self.processor = model, processor
+        self.batch_size, self.max_new_tokens, self.ladder_rows = batch_size, max_new_tokens, ladder_rows
+        self.coarse = coarse_budget(processor)
+        if self.coarse is None and ladder:
+            raise ValueError("A ladder of budgets needs a backbone that sees images at several resolutions.")
+        self.ladder = sorted(set(ladder))
+        self.main = self._zoom_arm("auto", options or {})
+        arms = [self._zoom_arm(f"auto_{name}", {"effort": name}) for name in sorted(model.config.presets)]
+        self.presets = [arm for arm in arms if arm.used != self.main.used] if ladder_rows else []
+
+    def _zoom_arm(self, name: str, options: dict[str, Any]) -> ZoomArm:
+        used = options_in_force(self.model, options)
+        return ZoomArm(name, options, used, PrefillCost(self.model.config, used))
+
+    @property
+    def large(self) -> int | None:
+        """The large plain budget in tokens; None on a fixed token grid."""
+        return None if self.coarse is None else LARGE * self.coarse[1]
+
+    def budget(self, tokens: int) -> Budget:
+        """The coarse budget of a plain arm; the processor's own where its largest number is `tokens`."""
+        return self.coarse if tokens == self.coarse[1] else plain_budget(tokens)
+
+    def run(self, items: Iterable[Item], *, derive: bool = True, ladder: bool = True) -> Iterator[Record]:
+        """What every arm does with every row, in order.
+
+        Args:
+            items: Any iterable; no more than one batch of it is held.
+            derive: Take "auto" from the arms "plain" and "always", and run the large budget on `fine` rows; otherwise
+                run "auto" itself, without "always".
+            ladder: Run ladder and presets on the first rows.
+        """
+        done = 0
+        for batch in in_batches(items, self.batch_size):
+            run, everything = _BatchRun(self, batch), range(len(batch))
+            on_ladder = everything[: max(0, self.ladder_rows - done)] if ladder else range(0)
+            run.plain("plain", self.coarse, everything)
+            run.zoom(self.main, everything, derive)
+            if derive and self.large is not None:
+                fine = [place for place in everything if batch[place].kind == "fine"]
+                run.plain("plain_8x", plain_budget(self.large), fine)
+            for tokens in self.ladder:
+                run.plain(f"plain_{tokens}", self.budget(tokens), on_ladder)
+            for arm in self.presets:
+                run.zoom(arm, on_ladder, derive)
+            yield from run.records()
+            done += len(batch)
+            logger.info("%d rows done", done)
+
+
+class _BatchRun:
+    """One batch of rows and its outcomes so far; inputs and plain answers are made once per budget."""
+
+    def __init__(self, runner: ArmRunner, items: Sequence[Item]):
+        self.runner, self.items = runner, items
+        self.outcomes: list[dict[str, Outcome]] = [{} for _ in items]
+        self._inputs: dict[tuple[Budget | None, tuple[int, ...]], BatchFeature] = {}
+        self._plain: dict[tuple[Budget | None, int], Answer] = {}
+        self._open: dict[tuple[ZoomOptions, int], Answer] = {}
+
+    def _ask(self, budget: Budget | None, places: tuple[int, ...], **options: Any) -> list[Answer]:
+        runner, key = self.runner, (budget, places)
+        if key not in self._inputs:
+            rows = [(self.items[place].image, self.items[place].question) for place in places]
+            self._inputs[key] = prepare(runner.model, runner.processor, rows, budget)
+        return answer_batch(runner.model, runner.processor, self._inputs[key], runner.max_new_tokens, **options)
+
+    def _record(self, name: str, place: int, answer: Answer, cost: PrefillCost) -> None:
+        self.outcomes[place][name] = to_outcome(answer, self.items[place].truth, cost)
+
+    def plain(self, name: str, budget: Budget | None, places: Sequence[int]) -> None:
+        """Run the plain model on some rows."""
+        missing = tuple(place for place in places if (budget, place) not in self._plain)
+        if missing:
+            for place, answer in zip(missing, self._ask(budget, missing, zoom="never"), strict=True):
+                self._plain[budget, place] = answer
+        for place in places:
+            self._record(name, place, self._plain[budget, place], self.runner.main.cost)
+
+    def zoom(self, arm: ZoomArm, places: Sequence[int], derive: bool) -> None:
+        """Run the zooming model on some rows whose plain answers at the coarse budget are known."""
+        if not places:
+            return
+        coarse = self.runner.coarse
+        if not derive:
+            answers = self._ask(coarse, tuple(places), **arm.options, zoom="auto")
+            for place, answer in zip(places, answers, strict=True):
+                self._record(arm.name, place, answer, arm.cost)
+            return
+        missing = tuple(place for place in places if (arm.held_open, place) not in self._open)
+        if missing:
+            options = {**arm.options, "zoom": "auto", "gate_threshold": 0.0}
+            for place, answer in zip(missing, self._ask(coarse, missing, **options), strict=True):
+                self._open[arm.held_open, place] = answer
+        for place in places:
+            opened = self._open[arm.held_open, place]
+            auto = derive_auto(self._plain[coarse, place], opened, arm.used.gate_threshold)
+            self._record(arm.name, place, auto, arm.cost)
+            if arm is self.runner.main:
+                self._record("always", place, opened, arm.cost)
+
+    def records(self) -> list[Record]:
+        """The rows with all their outcomes."""
+        return [
+            Record(item.kind, item.page_kind, item.target, item.image.size, outcomes)
+            for item, outcomes in zip(self.items, self.outcomes, strict=True)
+        ]

@@ -1,0 +1,164 @@
+"""The benchmark: every arm over drawn rows or a file's, and the figures of it as one JSON-ready dictionary."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from .arms import ArmRunner, Item
+from .figures import Figures, Record, add_costs, beside_summary, exact, ladder_point, pick, score_table, summarize
+from .metrics import Interval
+from .synthetic import PAGE_KINDS, Row, draw_rows
+
+
+SUMMARY_NAMES = (
+    "fine_accuracy_zoom",
+    "fine_accuracy_plain_coarse",
+    "fine_accuracy_plain_8x",
+    "coarse_accuracy_zoom",
+    "coarse_accuracy_plain",
+    "region_recall",
+    "region_area",
+    "gate_auroc",
+    "gating_loss",
+    "zoomed_share_coarse",
+)
+EXTRA_SHARE = 8
+"""One row in so many is drawn as `multi`, and as many as `absent`, beside the rows that are asked for."""
+NAMED = 5
+"""So many unusable rows are named in full; the rest are counted."""
+
+logger = logging.getLogger(__name__)
+
+
+def drawn_items(rows: Iterable[Row]) -> Iterator[Item]:
+    """Drawn rows as the arms take them."""
+    for row in rows:
+        page, question = row.page, row.question
+        yield Item(page.image, question.text, question.answer, question.kind, page.kind, question.box)
+
+
+def measure_drawn(
+    runner: ArmRunner, split: str = "test", seed: int = 0, rows: int = 2000, by_page_kind: bool = False
+) -> dict[str, Any]:
+    """All figures on freshly drawn pages.
+
+    Args:
+        rows: Number of `fine` and `coarse` rows together; `multi` and `absent` rows come on top.
+        by_page_kind: Also give the summary for each kind of page.
+
+    Returns:
+        `summary`, `intervals`, `by_page_kind`, `other` and `ladder`.
+
+    Raises:
+        ValueError: An unknown split or fewer than two rows.
+        ImportError: The split "shifted" without matplotlib.
+    """
+    if rows < 2:
+        raise ValueError(f"The benchmark needs at least two rows, one fine and one coarse, got {rows}.")
+    records = list(runner.run(drawn_items(draw_rows(split, seed, rows))))
+    extra: list[Record] = []
+    for kind in ("multi", "absent"):
+        drawn = draw_rows(split, seed, max(1, rows // EXTRA_SHARE), (kind,))
+        extra += runner.run(drawn_items(drawn), derive=False, ladder=False)
+    summary, other = summarize(records), beside_summary(records, extra)
+    result = _result(summary, other, _ladder(runner, records))
+    result["other"] |= {
+        "extra_rows": {kind: sum(record.kind == kind for record in extra) for kind in ("multi", "absent")},
+        "fine_rows_without_box": sum(
+            record.kind == "fine" and record.outcomes["always"].box is None for record in records
+        ),
+        "scores": score_table([*records, *extra]),
+    }
+    if by_page_kind:
+        result["by_page_kind"] = {kind: _page_kind(records, kind) for kind in PAGE_KINDS}
+    return result
+
+
+def _page_kind(records: Sequence[Record], kind: str) -> dict[str, Any]:
+    chosen = [record for record in records if record.page_kind == kind]
+    figures = summarize(chosen)
+    return {"rows": len(chosen), "summary": figures.values, "intervals": _as_lists(figures.intervals)}
+
+
+def _as_lists(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    return {name: list(ends) for name, ends in intervals.items()}
+
+
+def _result(summary: Figures, other: Figures, ladder: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "summary": summary.values,
+        "intervals": _as_lists(summary.intervals | other.intervals),
+        "by_page_kind": {},
+        "other": dict(other.values),
+        "ladder": ladder,
+    }
+
+
+def _ladder(runner: ArmRunner, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Points of the Pareto picture, all over the same rows: the plain model's, then the zooming model's."""
+    if not runner.ladder_rows:
+        return []
+    chosen = records[: runner.ladder_rows]
+    arms = [(f"plain_{tokens}", "plain", str(tokens)) for tokens in runner.ladder]
+    arms += [("auto", "zoom", runner.main.options.get("effort") or "auto")]
+    arms += [(arm.name, "zoom", arm.options["effort"]) for arm in runner.presets]
+    points = [ladder_point(chosen, *arm) for arm in arms]
+    return [point for point in points if point is not None]
+
+
+class FileItems:
+    """A file's rows as the arms take them; rows that cannot be scored are skipped, named and counted.
+
+    Args:
+        rows: Rows of `training.data`: objects with `id`, `question`, `answers` (accepted texts) and `load_image()`.
+    """
+
+    def __init__(self, rows: Iterable[Any]):
+        self.rows, self.skipped = rows, 0
+
+    def __iter__(self) -> Iterator[Item]:
+        for row in self.rows:
+            if not row.answers:
+                self._skip(row, "it has no answer to compare with")
+                continue
+            try:
+                image = row.load_image()
+            except (OSError, ValueError) as error:
+                self._skip(row, str(error))
+                continue
+            yield Item(image, row.question, row.answers)
+
+    def _skip(self, row: Any, reason: str) -> None:
+        self.skipped += 1
+        if self.skipped <= NAMED:
+            logger.warning("row %s is left out: %s", row.id, reason)
+
+
+def measure_file(runner: ArmRunner, rows: Iterable[Any]) -> dict[str, Any]:
+    """Accuracy and cost of the plain and the zooming model on rows of a file, which have no kinds and no boxes.
+
+    Args:
+        rows: As for `FileItems`.
+
+    Returns:
+        As `measure_drawn`, with a summary of its own: `exact_…`, `anls_…` and `relaxed_…` of `plain` (coarse budget)
+        and `zoom` (zoom="auto"), and `zoomed_share`.
+
+    Raises:
+        ValueError: No row can be scored.
+    """
+    items = FileItems(rows)
+    records = list(runner.run(items, derive=False))
+    if not records:
+        raise ValueError(f"None of the {items.skipped} rows can be scored: they lack an answer or a readable image.")
+    summary, other = Figures(), Figures()
+    for metric in ("exact", "anls", "relaxed"):
+        for name, arm in (("zoom", "auto"), ("plain", "plain")):
+            summary.mean(f"{metric}_{name}", pick(records, arm, lambda outcome, key=metric: getattr(outcome, key)))
+    summary.mean("zoomed_share", pick(records, "auto", lambda outcome: outcome.zoomed))
+    other.difference("exact_zoom_minus_plain", exact(records, "auto"), exact(records, "plain"))
+    add_costs(other, "auto", records, "auto")
+    add_costs(other, "plain", records, "plain")
+    result = _result(summary, other, _ladder(runner, records))
+    result["other"] |= {"rows_measured": len(records), "rows_left_out": items.skipped}
+    return result

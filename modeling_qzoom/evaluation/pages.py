@@ -1,0 +1,253 @@
+"""What every drawn page is made of: entries that carry a code, questions, fonts and the drawing of codes.
+
+Boxes are (x0, y0, x1, y1) in page pixels, exclusive end. Lengths given as shares are shares of the page's longer side.
+"""
+
+import functools
+import math
+import random
+import zlib
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (38, 150, 70),
+    "blue": (40, 90, 210),
+    "yellow": (240, 205, 40),
+    "purple": (130, 55, 175),
+    "orange": (240, 130, 30),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "diamond", "cross")
+WORDS: tuple[str, ...] = (
+    "name", "date", "total", "tax", "city", "phone", "price", "order",
+    "room", "item", "size", "year", "rate", "bank", "level", "group",
+)  # fmt: skip
+"""Labels of form fields and text entries; printed large enough for the coarse view."""
+FILLER: tuple[str, ...] = (
+    "the", "old", "river", "moves", "under", "a", "wide", "bridge", "and", "all", "birds", "wait", "until",
+    "morning", "light", "falls", "on", "every", "stone", "near", "our", "quiet", "garden", "wall",
+)  # fmt: skip
+CODE_LENGTH = 3
+GLYPH_ASPECT = 0.57
+"""Width of a digit of PIL's default font divided by the font size."""
+
+Box = tuple[int, int, int, int]
+SPLITS = ("train", "validation", "test", "shifted")
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """How pages are drawn; the default is the distribution that the published figures are measured on.
+
+    Args:
+        side: Range of the longer page side in pixels.
+        aspect: Range of the shorter side divided by the longer one.
+        items: Range of the number of entries.
+        digit_width: Range of a digit's width, as a share.
+        large_share: Share of scenes in which one code is printed so large that the coarse view shows it.
+    """
+
+    side: tuple[int, int] = (1024, 1400)
+    aspect: tuple[float, float] = (0.8, 1.0)
+    items: tuple[int, int] = (2, 7)
+    digit_width: tuple[float, float] = (1 / 66, 1 / 58)
+    large_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of a page that carries a code.
+
+    Args:
+        name: How questions call it, such as "red circle" or "total".
+        code: Three digits.
+        code_box: Where they stand.
+        digit_boxes: One box per digit.
+        digit_width: Width of a digit in pixels.
+        mark: What the coarse view shows of it: the shape, or the label word.
+        box: Mark and code together.
+        line: The line that the code stands in, where the coarse view does not show the place inside it.
+        color, shape, word: What the mark is; None where it is not of that sort.
+        large: The code is legible in the coarse view.
+    """
+
+    name: str
+    code: str
+    code_box: Box
+    digit_boxes: tuple[Box, ...]
+    digit_width: float
+    mark: Box
+    box: Box
+    line: Box
+    color: str | None = None
+    shape: str | None = None
+    word: str | None = None
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A drawn page and what is on it.
+
+    Args:
+        kind: "scene", "form" or "text".
+        image: RGB.
+        entries: In reading order.
+        bar: Box and colour of the bar at the top; None in scenes.
+        absent: Names of the same sort that are not on the page.
+    """
+
+    kind: str
+    image: Image.Image
+    entries: tuple[Entry, ...]
+    bar: tuple[Box, str] | None = None
+    absent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a page, with its answer and the place that holds it.
+
+    Args:
+        text: The question.
+        answer: The exact expected answer.
+        kind: "fine" (an illegible detail decides), "coarse" (it does not), "multi" (several details) or "absent".
+        box: The place that holds the answer; the whole page for counting and for what is absent.
+        items: Indices into `Page.entries` of what is asked about.
+    """
+
+    text: str
+    answer: str
+    kind: str
+    box: Box
+    items: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Style:
+    """Fonts and layouts of a split.
+
+    Args:
+        split: Which layouts may occur.
+        fonts: File names among matplotlib's fonts; Pillow's own font if there are none.
+    """
+
+    split: str = "train"
+    fonts: tuple[str, ...] = ()
+
+    @property
+    def shifted(self) -> bool:
+        """Whether layouts are of the sort that training never shows."""
+        return self.split == "shifted"
+
+
+def to_box(edges: tuple[float, float, float, float]) -> Box:
+    """The smallest box of whole pixels around a rectangle."""
+    x0, y0, x1, y1 = edges
+    return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+
+
+def union(*boxes: Box) -> Box:
+    """The smallest box around several."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def layout_of_split(signature: object, split: str) -> bool:
+    """Whether a page with this layout may occur in a split: of ten layouts eight train, one validates, one tests."""
+    if split == "shifted":
+        return True
+    place = zlib.crc32(repr(signature).encode()) % 10
+    return place == {"validation": 8, "test": 9}[split] if split != "train" else place < 8
+
+
+@functools.lru_cache(maxsize=512)
+def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
+    """A font by name among those that matplotlib brings, or Pillow's own.
+
+    Raises:
+        ImportError: A named font needs matplotlib, which the extra `train` installs.
+    """
+    if name is None:
+        return ImageFont.load_default(size)
+    try:
+        from matplotlib import get_data_path
+    except ImportError as error:
+        raise ImportError(
+            "The split 'shifted' is printed in fonts that come with matplotlib: pip install 'qzoom[train]'."
+        ) from error
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", size)
+
+
+@dataclass
+class Canvas:
+    """A page while it is drawn.
+
+    Args:
+        image: RGB paper.
+        rng: Source of everything that varies.
+        font: Name of the page's font, None for Pillow's own.
+    """
+
+    image: Image.Image
+    rng: random.Random
+    font: str | None
+    draw: ImageDraw.ImageDraw = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draw = ImageDraw.Draw(self.image)
+
+    @property
+    def long(self) -> int:
+        """The longer side in pixels."""
+        return max(self.image.size)
+
+    def ink(self) -> tuple[int, int, int]:
+        """A nearly black colour."""
+        return (self.rng.randint(0, 50),) * 3
+
+    def tint(self, color: str) -> tuple[int, ...]:
+        """A colour a little off its pure value."""
+        return tuple(min(255, max(0, c + self.rng.randint(-14, 14))) for c in COLORS[color])
+
+    def sized_font(self, size: float) -> ImageFont.FreeTypeFont:
+        """The page's font at a size in pixels."""
+        return load_font(self.font, max(4, round(size)))
+
+    def word(self, text: str, left: float, middle: float, letter_width: float) -> Box:
+        """Print a word at a mean letter width; returns its box."""
+        font = self.sized_font(letter_width / GLYPH_ASPECT)
+        self.draw.text((left, middle), text, font=font, fill=self.ink(), anchor="lm")
+        return to_box(self.draw.textbbox((left, middle), text, font=font, anchor="lm"))
+
+    def code(self, left: float, middle: float, width: float, fill: tuple[int, int, int]) -> tuple[str, list[Box], Box]:
+        """Print a random code with digits `width` pixels wide; returns it, the digits' boxes and the box of all."""
+        pitch, height = 1.3 * width, 1.3 * width
+        text = "".join(str(self.rng.randrange(10)) for _ in range(CODE_LENGTH))
+        font = self.sized_font(width / GLYPH_ASPECT)
+        ink_box = font.getbbox("0", anchor="mm")
+        # the anchor is the middle of the line, which is not the middle of a digit
+        baseline = middle - (ink_box[1] + ink_box[3]) / 2
+        boxes = []
+        for place, digit in enumerate(text):
+            centre = left + pitch * (place + 0.5)
+            self.draw.text((centre, baseline), digit, font=font, fill=fill, anchor="mm")
+            boxes.append(to_box((centre - pitch / 2, middle - height / 2, centre + pitch / 2, middle + height / 2)))
+        return text, boxes, to_box((left, middle - height / 2, left + pitch * CODE_LENGTH, middle + height / 2))
+
+
+def blank_page(rng: random.Random, settings: PageSettings, style: Style) -> Canvas:
+    """Paper with a few faint lines."""
+    long = rng.randint(*settings.side)
+    short = round(long * rng.uniform(*settings.aspect))
+    width, height = (long, short) if rng.random() < 0.5 else (short, long)
+    paper = rng.randint(228, 255)
+    image = Image.new("RGB", (width, height), tuple(min(255, paper + rng.randint(-6, 6)) for _ in range(3)))
+    canvas = Canvas(image, rng, rng.choice(style.fonts) if style.fonts else None)
+    for _ in range(rng.randint(0, 4)):
+        ends = [rng.randrange(width), rng.randrange(height), rng.randrange(width), rng.randrange(height)]
+        canvas.draw.line(ends, fill=(paper - 30,) * 3, width=max(1, long // 400))
+    return canvas

@@ -1,0 +1,309 @@
+"""Rows of (image, question[, answer]) from files, `datasets` or drawn pages; what is unusable is named and skipped."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..sources_qzoom import ImageSlot, load_rgb
+from .stage_configs import DataConfig
+
+
+logger = logging.getLogger(__name__)
+
+Box = tuple[int, int, int, int]
+DRAWN = "drawn:"
+HUB = "hub:"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question about one image.
+
+    Args:
+        id: Unique in its data.
+        image: A path, a PIL image, encoded bytes, or a function that returns an image.
+        question: The question as the user asks it.
+        answers: Accepted answers; empty where the data has none.
+        image_id: The same for rows about the same image.
+        box: Where the answer is, (x0, y0, x1, y1) in source pixels; only drawn pages know.
+        kind: Kind of a drawn question.
+    """
+
+    id: str
+    image: Any = field(repr=False)
+    question: str
+    answers: tuple[str, ...] = ()
+    image_id: str = ""
+    box: Box | None = None
+    kind: str | None = None
+
+    def load_image(self, max_pixels: int | None = None) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            ValueError: It cannot be read or is too large; names the row.
+        """
+        image = self.image() if callable(self.image) else self.image
+        try:
+            return load_rgb(ImageSlot(image, 0), max_pixels)
+        except ValueError as error:
+            raise ValueError(f"row {self.id}: {error}") from error
+
+
+class BadRows:
+    """Counts and names rows that cannot be used.
+
+    Args:
+        source: What the rows come from, for messages.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source, self.found = source, []
+
+    def add(self, name: str, why: str) -> None:
+        """Note a row; the first few are logged at once."""
+        self.found.append(f"{name}: {why}")
+        if len(self.found) <= _SHOWN:
+            logger.warning("skipped %s: %s", name, why)
+
+    def check(self, usable: int) -> None:
+        """Log the count.
+
+        Raises:
+            ValueError: No row, or fewer rows than bad ones, are left: the data is not what the configuration says.
+        """
+        if self.found:
+            logger.warning("%s: %d of %d rows skipped", self.source, len(self.found), usable + len(self.found))
+        if usable == 0 or len(self.found) > usable:
+            shown = "; ".join(self.found[:3])
+            raise ValueError(
+                f"{self.source} has {usable} usable rows and {len(self.found)} unusable ones"
+                + (f", such as {shown}." if shown else ": it is empty.")
+            )
+
+
+class Rows(Sequence[Row]):
+    """Rows in a fixed order.
+
+    Args:
+        rows: The rows.
+        fingerprint: Names data, order and limit, so that labels of other rows are not mixed with these.
+    """
+
+    def __init__(self, rows: Sequence[Row], fingerprint: str) -> None:
+        self._rows, self.fingerprint = rows, fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    """Accepted answers of a cell: a text, a number or a list of them."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(str(item) for item in values if str(item).strip())
+
+
+def _image_of(value: Any, folder: Path) -> Any:
+    """A cell's image: `datasets` gives pictures, or bytes and path; files give paths."""
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and not value.startswith(("http://", "https://", "data:image/")):
+        path = folder / value
+        if not path.is_file():
+            raise ValueError(f"there is no image {path}")
+        return str(path)
+    return value
+
+
+def _image_name(value: Any, row_id: str) -> str:
+    """What tells whether two rows are about one image."""
+    if isinstance(value, dict):
+        value = value.get("path") or row_id
+    return value if isinstance(value, str) else row_id
+
+
+def _row(record: Any, number: int, config: DataConfig, folder: Path, needs_answer: bool) -> Row:
+    """A record as a row.
+
+    Raises:
+        ValueError: A field is missing or its image does not exist.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("is no mapping of names to values")
+    wanted = [config.image_key, config.question_key] + ([config.answer_key] if needs_answer else [])
+    missing = [key for key in wanted if record.get(key) in (None, "", [])]
+    if missing:
+        raise ValueError(f"lacks {missing}; it has {sorted(record)}")
+    row_id = str(record.get(config.id_key, number))
+    question = record[config.question_key]
+    if not isinstance(question, str):
+        raise ValueError(f"{config.question_key!r} is no text: {question!r}")
+    image = _image_of(record[config.image_key], folder)
+    image_id = _image_name(record[config.image_key], row_id)
+    return Row(row_id, image, question, _answers(record.get(config.answer_key)), image_id)
+
+
+def _json_lines(path: Path, bad: BadRows) -> Iterable[tuple[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    bad.add(f"{path.name}, line {number}", f"is no JSON ({error.msg})")
+
+
+def _records(config: DataConfig, bad: BadRows) -> tuple[Iterable[tuple[str, Any]], Path]:
+    """Records with their names, and the folder that their image paths are relative to.
+
+    Raises:
+        ValueError: There is no such file, or it is of no known kind.
+        ImportError: The package that reads it is missing.
+    """
+    path = Path(config.data)
+    folder = Path(config.images) if config.images else path.parent
+    if config.images and not folder.is_dir():
+        raise ValueError(f"images={config.images}: there is no such folder.")
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        return _json_lines(path, bad), folder
+    if path.is_file() and path.suffix == ".parquet":
+        return ((f"row {n}", record) for n, record in enumerate(read_parquet(path))), folder
+    if config.data.startswith(HUB) or (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return ((f"row {n}", record) for n, record in enumerate(_load_dataset(config))), folder
+    raise ValueError(
+        f"data={config.data}: no JSONL or parquet file, no folder of datasets.save_to_disk, no '{HUB}NAME' and no "
+        f"'{DRAWN}SPLIT'."
+    )
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The records of a parquet file.
+
+    Raises:
+        ImportError: pyarrow is missing; the extra `train` installs it.
+        ValueError: The file is damaged.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install 'qzoom[train]'.") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _load_dataset(config: DataConfig):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Datasets need the package datasets: pip install 'qzoom[train]'.") from error
+    if config.data.startswith(HUB):
+        return datasets.load_dataset(config.data.removeprefix(HUB), split=config.data_split)
+    loaded = datasets.load_from_disk(config.data)
+    if isinstance(loaded, datasets.DatasetDict):
+        if config.data_split not in loaded:
+            raise ValueError(f"{config.data} has no split {config.data_split!r}; it has {sorted(loaded)}.")
+        return loaded[config.data_split]
+    return loaded
+
+
+@dataclass(frozen=True)
+class _DrawnImage:
+    """Draws its page again each time, so that thousands of rows fit in memory."""
+
+    split: str
+    seed: int
+    kind: str
+
+    def __call__(self) -> Image.Image:
+        from ..evaluation.synthetic import draw_page
+
+        return draw_page(self.seed, kind=self.kind, split=self.split).image
+
+
+def drawn_rows(split: str, count: int, seed: int) -> Rows:
+    """Rows about benchmark pages: every page with two questions about details and two that need none.
+
+    Args:
+        count: Number of rows.
+        seed: Other seeds give other pages.
+    """
+    from ..evaluation.synthetic import PAGE_KINDS, ask_question, draw_page
+
+    rows: list[Row] = []
+    number = 0
+    while len(rows) < count:
+        # far above the seeds of evaluation rows, in case both use one split
+        page_seed = 10**15 + seed * 10**7 + number
+        kind = PAGE_KINDS[number % len(PAGE_KINDS)]
+        number += 1
+        page = draw_page(page_seed, kind=kind, split=split)
+        rng = random.Random(f"rows/{split}/{page_seed}")
+        asked = {}
+        for question_kind in ("fine", "coarse", "fine", "coarse"):
+            question = ask_question(page, question_kind, rng)
+            asked[question.text] = question
+        for place, question in enumerate(asked.values()):
+            name = f"{split}-{page_seed}"
+            image = _DrawnImage(split, page_seed, kind)
+            row = Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
+            rows.append(row)
+    return Rows(rows[:count], f"drawn/{split}/{count}/{seed}")
+
+
+def load_rows(config: DataConfig, needs_answer: bool = False) -> Rows:
+    """The rows of a configuration.
+
+    Args:
+        needs_answer: Rows without an answer are unusable.
+
+    Raises:
+        ValueError: The data does not exist, is empty, or more rows are unusable than not.
+    """
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {config.limit}.")
+    if config.data.startswith(DRAWN):
+        return drawn_rows(config.data.removeprefix(DRAWN), config.limit or 1000, config.seed)
+    bad, rows, digest = BadRows(config.data), [], hashlib.sha256()
+    seen: set[str] = set()
+    records, folder = _records(config, bad)
+    for number, (name, record) in enumerate(records):
+        try:
+            row = _row(record, number, config, folder, needs_answer)
+            if row.id in seen:
+                raise ValueError(f"the id {row.id!r} occurs twice")
+        except ValueError as error:
+            bad.add(f"{Path(config.data).name}, {name}", str(error))
+            continue
+        seen.add(row.id)
+        rows.append(row)
+    bad.check(len(rows))
+    if config.limit is not None and config.limit < len(rows):
+        chosen = sorted(random.Random(config.seed).sample(range(len(rows)), config.limit))
+        rows = [rows[index] for index in chosen]
+    for row in rows:
+        digest.update(f"{row.id}\0{row.question}\0{row.answers}\0".encode())
+    return Rows(rows, digest.hexdigest())
+
+
+def by_image(rows: Iterable[Any], key: Callable[[Any], str]) -> list[list[Any]]:
+    """Groups of items about one image, in order of first appearance."""
+    groups: dict[str, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())

@@ -1,0 +1,39 @@
+"""One image at the resolutions of a ladder, on backbones that take any token budget and on those with a fixed grid."""
+
+from typing import Any
+
+from PIL import Image
+
+from ..backbones_qzoom import image_grids, token_geometry
+
+
+def at_budget(image: Image.Image, tokens: int, vlm_config: Any) -> tuple[Image.Image, dict[str, int]]:
+    """The image, and the processor's keywords, that show it with the detail of so many merged visual tokens.
+
+    A backbone with one fixed token grid takes no budget. There the picture itself loses detail: it is reduced to the
+    pixels that so many tokens would cover, and the processor enlarges it again. A rung at or above the grid's size
+    shows it as it is.
+
+    Args:
+        image: RGB.
+        tokens: A rung of the ladder.
+        vlm_config: The backbone's configuration.
+    """
+    geometry = token_geometry(vlm_config)
+    if geometry.image_size is None:
+        return image, {"min_tokens": tokens, "max_tokens": tokens}
+    height, width = image_grids(vlm_config, None, 1)[0]
+    share = (tokens / (height * width)) ** 0.5
+    scale = geometry.image_size * share / min(image.size)
+    if share >= 1 or scale >= 1:
+        return image, {}
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC), {}
+
+
+def check_ladder(ladder: list[int]) -> None:
+    """Raises:
+    ValueError: It has fewer than two rungs, or does not ascend.
+    """
+    if len(ladder) < 2 or ladder[0] < 1 or any(low >= high for low, high in zip(ladder, ladder[1:])):
+        raise ValueError(f"ladder must hold two or more budgets in tokens, ascending, got {ladder}.")

@@ -1,0 +1,145 @@
+"""What every stage opens first: the model, its processor, and a fingerprint of the backbone."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from .. import QZoomConfig, QZoomForConditionalGeneration, QZoomProcessor
+from .stage_configs import ModelConfig
+
+
+logger = logging.getLogger(__name__)
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SAMPLED = 16
+
+
+@dataclass
+class Session:
+    """A loaded model.
+
+    Args:
+        model: In evaluation mode, on this process's device.
+        processor: At the stage's coarse budget.
+        config: The stage's configuration.
+    """
+
+    model: QZoomForConditionalGeneration
+    processor: QZoomProcessor
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+        return self.model.get_input_embeddings().weight.device
+
+
+def backbone_fingerprint(model: QZoomForConditionalGeneration) -> str:
+    """Names the VLM's architecture and weights, so that labels made by another one are noticed.
+
+    A few values of every tensor are enough to tell two trainings apart. They are compared in bfloat16, so a checkpoint
+    is the same in float32 and in 16 bit; in 4 bit it is another one.
+    """
+    config = model.config
+    sizes = [config.vlm_config.model_type] + [getattr(config.get_text_config(), name, None) for name in _SIZES]
+    return _fingerprint(model.vlm, repr(sizes))
+
+
+def region_fingerprint(model: QZoomForConditionalGeneration) -> str:
+    """As `backbone_fingerprint`, of the region branch, which decides where a zoomed answer looks."""
+    return _fingerprint(model.zoom.region, "region")
+
+
+def _fingerprint(module: torch.nn.Module, beginning: str) -> str:
+    digest = hashlib.sha256(beginning.encode())
+    for name, weight in sorted(module.named_parameters()):
+        values = weight.detach().flatten()[:_SAMPLED].cpu()
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _budget(config: ModelConfig, held: Any) -> dict[str, int]:
+    """The coarse budget in force, as far as anything sets it."""
+    found = {}
+    for name in ("min_tokens", "max_tokens"):
+        value = getattr(config, name) or getattr(held, name, None)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def open_session(config: ModelConfig, device: str | torch.device | None = None) -> Session:
+    """Load a Q-Zoom checkpoint, or a plain VLM with fresh branches, and its processor.
+
+    Args:
+        device: Where to; the process's own accelerator by default, the CPU where there is none.
+
+    Raises:
+        ValueError: There is no such model, no row for its backbone, or K lies beyond its last layer.
+    """
+    if device is None:
+        from accelerate import PartialState
+
+        device = PartialState().device
+    source = {} if config.revision is None else {"revision": config.revision}
+    try:
+        found = AutoConfig.from_pretrained(config.model, **source)
+    except OSError as error:
+        raise ValueError(f"model={config.model}: {error}") from error
+    arguments: dict[str, Any] = {"dtype": config.dtype, **source}
+    if config.attn_implementation is not None:
+        arguments["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        arguments["device_map"] = {"": device}
+    if isinstance(found, QZoomConfig):
+        model = QZoomForConditionalGeneration.from_pretrained(config.model, **arguments)
+        processor = QZoomProcessor.from_pretrained(config.model, **source)
+    else:
+        if config.branch_layer is None:
+            raise ValueError(
+                f"model={config.model} is a plain VLM: say with branch_layer=K where its branches are to read."
+            )
+        model = QZoomForConditionalGeneration.from_backbone(
+            config.model,
+            branch_layer=config.branch_layer,
+            branch_depth=config.branch_depth,
+            zoom_config=_budget(config, None),
+            **arguments,
+        )
+        processor = QZoomProcessor.from_backbone(config.model, **source)
+    budget = _budget(config, model.config)
+    for name, value in budget.items():
+        setattr(processor, name, value)
+        setattr(model.config, name, value)
+    if not config.load_in_4bit:
+        model = model.to(device)
+    return Session(model.eval(), processor, config)
+
+
+def save_session(session: Session, folder: str | Path, output_format: str = "full") -> None:
+    """Write model and processor as a checkpoint folder.
+
+    Args:
+        output_format: "full" or "addon".
+
+    Raises:
+        ValueError: An unknown format.
+    """
+    if output_format not in ("full", "addon"):
+        raise ValueError(f"output_format must be 'full' or 'addon', got {output_format!r}.")
+    if output_format == "full":
+        session.model.save_pretrained(folder)
+    else:
+        session.model.save_addon(folder)
+    session.processor.save_pretrained(folder)
+    logger.info("wrote %s", folder)
