@@ -65,6 +65,8 @@ DECODER_STAGES = (
     DecoderStage("5-large", 400, {"crop": 4, "search": 5, "page": 10, "large": 2}, decay=1.0, lr=1e-3),
 )
 
+MARKERS = ("<!-- figures -->", "<!-- end of figures -->")
+
 logger = logging.getLogger("train_demo")
 
 
@@ -190,29 +192,63 @@ def finish_seed(work: Path, clock: Clock, seed: int) -> Path:
 def evaluate(folder: Path, output: Path, rows: int, *arguments: str) -> dict[str, Any]:
     """Figures of a checkpoint, measured unless they exist."""
     if not output.exists():
-        options = ["--model", str(folder), "--rows", str(rows), "--output", str(output), *arguments]
+        place = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
+        options = ["--model", str(folder), "--rows", str(rows), "--output", str(place), *arguments]
         subprocess.run([sys.executable, "-m", "modeling_qzoom.evaluation", *options], cwd=ROOT, check=True)
     return json.loads(output.read_text())
 
 
-def publish(source: Path, output: Path, work: Path, clock: Clock, rows: int) -> None:
-    """Write the checkpoint, measure it and add its card."""
+def write_spread(folders: list[Path], output: Path, rows: int) -> None:
+    """Measure the checkpoints of all seeds on the same rows, and write lowest, mean and highest of every figure."""
+    measured = []
+    for folder in folders:
+        options = ("--split", "test", "--seed", "2", "--ladder-rows", "0")
+        measured.append(evaluate(folder, folder.parent / "figures.json", rows, *options)["summary"])
+    spread = {}
+    for name in measured[0]:
+        values = [figures[name] for figures in measured]
+        spread[name] = {"lowest": min(values), "mean": sum(values) / len(values), "highest": max(values)}
+    output.write_text(json.dumps({"seeds": len(folders), "rows": rows, "spread": spread}, indent=2) + "\n")
+
+
+def spread_table(path: Path) -> str:
+    """The spread over seeds in Markdown."""
+    held = json.loads(path.read_text())
+    lines = [f"{held['seeds']} seeds of the last stages, {held['rows']} test rows each:", ""]
+    lines += ["| figure | lowest | mean | highest |", "|---|---|---|---|"]
+    for name, found in held["spread"].items():
+        lines.append(f"| {name} | {found['lowest']:.3f} | {found['mean']:.3f} | {found['highest']:.3f} |")
+    return "\n".join(lines)
+
+
+def write_readme(text: str) -> None:
+    """Put the figures between the README's two markers."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
+def publish(source: Path, output: Path, clock: Clock, rows: int) -> None:
+    """Write the checkpoint, measure it, and put the figures into its card and the README."""
     model, processor = QZoomForConditionalGeneration.from_pretrained(source), QZoomProcessor.from_pretrained(source)
     write_checkpoint(model, processor, output)
+    beside = {name: output.parent / f"{output.name}-{name}.json" for name in ("figures", "shifted", "seeds", "times")}
+    shutil.copy(clock.path, beside["times"])
+    for name in ("figures", "shifted"):
+        beside[name].unlink(missing_ok=True)
     relative = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
-    figures = output.parent / f"{output.name}-figures.json"
-    shifted = output.parent / f"{output.name}-figures-shifted.json"
-    for path in (figures, shifted):
-        path.unlink(missing_ok=True)
-    picture = ("--pareto", str(ROOT / "examples" / "assets" / "pareto.png"))
+    picture = ("--pareto", "examples/assets/pareto.png", "--page-kinds")
     table = figure_table(
-        evaluate(relative, figures, rows, "--split", "test", "--seed", "1", *picture),
-        evaluate(relative, shifted, max(2, rows // 4), "--split", "shifted", "--seed", "1", "--quick"),
+        evaluate(relative, beside["figures"], rows, "--split", "test", "--seed", "1", *picture),
+        evaluate(relative, beside["shifted"], rows // 4, "--split", "shifted", "--seed", "1", "--ladder-rows", "0"),
     )
-    minutes = sum(clock.read().values()) / 60
-    history = f"Trained from nothing on one CPU core in {minutes:.0f} minutes by `hub_release/train_demo.py`."
+    if beside["seeds"].exists():
+        table += "\n\n" + spread_table(beside["seeds"])
+    minutes = sum(seconds for name, seconds in clock.read().items() if "seed" not in name) / 60
+    history = f"Trained from nothing in {minutes:.0f} minutes on a CPU by `hub_release/train_demo.py`."
     write_card(output, model, table, history)
-    shutil.copy(clock.path, output.parent / f"{output.name}-times.json")
+    write_readme(table + "\n\n" + history)
 
 
 def main() -> None:
@@ -235,8 +271,11 @@ def main() -> None:
     if arguments.until == "labels":
         return
     finished = [finish_seed(work, clock, seed) for seed in arguments.seeds]
+    output = arguments.output.resolve()
+    if len(finished) > 1:
+        write_spread(finished, output.parent / f"{output.name}-seeds.json", arguments.rows // 4)
     if arguments.until == "end":
-        publish(finished[0], arguments.output.resolve(), work, clock, arguments.rows)
+        publish(finished[0], output, clock, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,8 @@ def run(config: CalibrateConfig) -> None:
             *(name, point.accuracy, 100 * point.zoomed_share, point.visual_tokens, point.relative_flops),
             point.options,
         )
+    if chosen["accurate"].accuracy == 0:
+        logger.warning("no row was answered right in any way, so the presets mean nothing; check judge and prompts")
     if chosen["accurate"].accuracy - chosen["fast"].accuracy > config.lose_at_most:
         logger.warning("no point within cost_at_most=%s loses as little as lose_at_most", config.cost_at_most)
     _warn(session, config)

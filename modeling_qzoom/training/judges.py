@@ -165,8 +165,8 @@ class EndpointJudge:
                 status = error.response.status_code
                 if status < 500 and status not in _BUSY:
                     raise ValueError(
-                        f"{self._name} refuses requests: {_line(error)} Check judge.base_url, judge.llm and the key in "
-                        f"the environment variable {self.config.api_key_variable}."
+                        f"{self._name} refuses requests: {_line(error)} Check judge.base_url, judge.llm and the key "
+                        f"in the environment variable {self.config.api_key_variable}."
                     ) from error
                 trouble = f"is not available: {_line(error)} Run the stage again once it is"
             except (InferenceTimeoutError, httpx.TransportError) as error:

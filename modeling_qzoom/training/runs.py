@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
+from ..addons_qzoom import has_unmerged_lora
 from .session import Session, backbone_fingerprint, open_session, save_session
 from .stage_configs import TrainConfig
 from .trainer import Counts, StageTrainer, hold_trainable, load_trained, training_arguments
@@ -149,11 +150,17 @@ def train(
     Raises:
         ValueError: The output folder holds another run, or an option of `trainer` does not fit.
     """
+    if config.output_format == "full" and has_unmerged_lora(session.model):
+        raise ValueError(
+            f"model={config.model} carries an unmerged LoRA adapter, for which a full checkpoint has no place: set "
+            "output_format=addon, or merge it first (model.merge_lora() and save_pretrained)."
+        )
     arguments = training_arguments(config, session, defaults or {})
-    with PartialState().main_process_first():
-        _begin(config, stage, backbone_fingerprint(session.model))
+    backbone = backbone_fingerprint(session.model)
     set_seed(config.seed)
-    parts = list(prepare(session))
+    parts = list(prepare(session))  # what it refuses leaves no trace in the output folder
+    with PartialState().main_process_first():
+        _begin(config, stage, backbone)
     types = hold_trainable(session.model, parts)
     had_cache = getattr(session.model.config, "use_cache", None)
     trainer = StageTrainer(session.model, arguments, dataset, collate, measure)

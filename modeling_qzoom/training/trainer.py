@@ -106,13 +106,18 @@ def training_arguments(config: TrainConfig, session: Session, stage: dict[str, A
     }
     if chosen.get("bf16") and chosen.get("fp16") and "bf16" in own:
         chosen.pop("fp16")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(config.output) / "trainer"),
         seed=config.seed,
         use_cpu=not _has_accelerator(session),
         remove_unused_columns=False,
         **chosen,
     )
+    if arguments.n_gpu > 1:
+        # DataParallel would tear lists of maps and images apart
+        logger.warning("one process uses one GPU of %d; start one a GPU with accelerate launch", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def hold_trainable(model: nn.Module, parts: Iterable[nn.Module | nn.Parameter]) -> dict[str, torch.dtype]:

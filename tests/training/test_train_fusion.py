@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_qzoom import QZoomForConditionalGeneration
-from modeling_qzoom.training import train_fusion
+from modeling_qzoom.training import train_fusion, train_regions
 from modeling_qzoom.training.data import Row
 from modeling_qzoom.training.fusion_data import (
     FusionSamples,
@@ -19,11 +19,11 @@ from modeling_qzoom.training.fusion_data import (
 from modeling_qzoom.training.label_rows import labelled_rows
 from modeling_qzoom.training.session import open_session
 from modeling_qzoom.training.shards import read_labels
-from modeling_qzoom.training.stage_configs import ModelConfig, TrainFusionConfig
+from modeling_qzoom.training.stage_configs import ModelConfig, TrainFusionConfig, TrainRegionsConfig
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES
 
-from .stage_fixtures import write_data, write_labels, write_model
+from .stage_fixtures import write_data, write_labels, write_model, write_region_labels
 
 
 # peft asks transformers in a way that transformers 5.23 has deprecated
@@ -132,9 +132,17 @@ def test_an_adapter_beside_its_base(qwen, tmp_path):
     samples = samples_of(config(own, tmp_path))
     assert loss_of(kept, samples) == pytest.approx(loss_of(merged, samples), abs=1e-4)
     assert loss_of(kept, samples) < 0.8 * loss_of(model, samples)
+    again = {"model": str(tmp_path / "kept"), "other_backbone": True, "trainer": TRAINER}
+    more = {**again, "labels": qwen[1], "output": str(tmp_path / "more")}
     with pytest.raises(ValueError, match="has a LoRA adapter already"):
-        more = config((str(tmp_path / "kept"), qwen[1]), tmp_path / "more", method="lora", other_backbone=True)
-        train_fusion.run(more)
+        train_fusion.run(TrainFusionConfig(**more, output_format="addon"))
+    with pytest.raises(ValueError, match="carries an unmerged LoRA adapter"):
+        train_fusion.run(TrainFusionConfig(**more))
+    # a later stage keeps the adapter in its own add-on
+    labels = write_region_labels(tmp_path / "regions", qwen[0], write_data(tmp_path / "data"))
+    next_stage = {**again, "labels": labels, "output": str(tmp_path / "stage1")}
+    train_regions.run(TrainRegionsConfig(**next_stage, output_format="addon"))
+    assert (tmp_path / "stage1" / "lora" / "adapter_model.safetensors").exists()
 
 
 def test_the_same_seed_trains_the_same(qwen, tmp_path):
