@@ -22,11 +22,11 @@ demo: $(VENV)/.core
 
 # one process a core; small models gain nothing from threads
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the slow tier too: clean environments, killed and restarted runs, two processes
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

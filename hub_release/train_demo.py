@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 
@@ -113,12 +112,10 @@ def train_backbone(work: Path, scale: float, clock: Clock) -> None:
         scale: Factor on every stage's number of steps.
     """
     model, tokenizer = fresh_backbone()
-    parts = training_parts(model)
+    parts = training_parts(model, tokenizer)
     paths = [work / "1-tower.safetensors", *(work / f"{stage.name}.safetensors" for stage in DECODER_STAGES)]
     newest = max((index for index, path in enumerate(paths) if path.exists()), default=-1)
-    if newest == 0:
-        load_tower(parts, paths[0])
-    elif newest > 0:
+    if newest >= 0:
         load_state(parts, paths[newest])
     for index in range(newest + 1, len(paths)):
         with clock.step(paths[index].stem):
@@ -132,16 +129,11 @@ def train_backbone(work: Path, scale: float, clock: Clock) -> None:
             )
 
 
-def load_tower(parts: torch.nn.ModuleDict, path: Path) -> None:
-    """Read the tower stage's weights, which are the tower and its probes only."""
-    load_state(torch.nn.ModuleDict({"visual": parts["model"].visual, "heads": parts["heads"]}), path)
-
-
 def attach(work: Path, folder: Path, **branches: int) -> None:
     """Write the backbone with untrained branches, unless that is done."""
     if not (folder / "config.json").exists():
         vlm, tokenizer = fresh_backbone()
-        load_state(training_parts(vlm), work / f"{DECODER_STAGES[-1].name}.safetensors")
+        load_state(training_parts(vlm, tokenizer), work / f"{DECODER_STAGES[-1].name}.safetensors")
         write_attached(vlm.eval(), tokenizer, folder, **branches)
 
 

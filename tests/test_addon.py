@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from modeling_qzoom import QZoomForConditionalGeneration
 
 from .loading_fixtures import CLOSE, answer, attach, edit_weights, plain_folder, weight_names, weights_equal
+from .lora_support import needs_lora
 from .tiny import FAMILIES, tiny_model, tiny_vlm
 
 
@@ -207,6 +208,7 @@ def _around_the_vlm(model):
     model.vlm = peft.get_peft_model(model.vlm, _lora())
 
 
+@needs_lora
 @pytest.mark.parametrize(
     "adapt",
     [
@@ -240,6 +242,7 @@ def test_lora_comes_back(qwen, tmp_path, adapt):
         loaded.save_addon(tmp_path / "refused")
 
 
+@needs_lora
 def test_lora_can_be_switched_off(qwen, tmp_path):
     plain = answer(qwen, "qwen2_5_vl")
     qwen.add_adapter(_lora())
@@ -250,6 +253,7 @@ def test_lora_can_be_switched_off(qwen, tmp_path):
     assert answer(loaded, "qwen2_5_vl").difference(plain) < CLOSE
 
 
+@needs_lora
 def test_lora_keeps_its_own_precision(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
@@ -262,6 +266,7 @@ def test_lora_keeps_its_own_precision(qwen, tmp_path):
     assert low.get_parameter("zoom.gate.head.weight").requires_grad  # as any loaded weight
 
 
+@needs_lora
 def test_lora_on_an_offloaded_base(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
@@ -273,6 +278,7 @@ def test_lora_on_an_offloaded_base(qwen, tmp_path):
         offloaded.merge_lora()
 
 
+@needs_lora
 @pytest.mark.parametrize("drop", ["base_model.model.vlm.model.language_model.layers.2.", None])
 def test_damaged_lora(qwen, tmp_path, drop):
     qwen.add_adapter(_lora())
@@ -286,6 +292,7 @@ def test_damaged_lora(qwen, tmp_path, drop):
         load(tmp_path / "addon")
 
 
+@needs_lora
 def test_lora_on_a_4_bit_base(qwen, tmp_path):
     """As in QLoRA: base in 4 bit, adapter and branches not."""
     pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
@@ -311,6 +318,7 @@ def test_dense_addon_on_a_quantized_base(qwen, tmp_path):
         load(tmp_path / "addon", base_model_name_or_path=tmp_path / "small")
 
 
+@needs_lora
 def test_lora_folder_of_an_earlier_save_is_ignored(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
@@ -322,6 +330,7 @@ def test_lora_folder_of_an_earlier_save_is_ignored(qwen, tmp_path):
     assert weights_equal(loaded, load(tmp_path / "folder"))
 
 
+@needs_lora
 def test_lora_needs_peft(qwen, tmp_path, monkeypatch):
     qwen.add_adapter(_lora())
     qwen.save_addon(tmp_path / "addon")
@@ -337,6 +346,7 @@ def test_unmerged_lora_and_full_checkpoint(qwen, tmp_path):
         qwen.save_pretrained(tmp_path / "full")
 
 
+@needs_lora
 def test_refused_adapters(qwen, tmp_path):
     qwen.add_adapter(_lora())
     qwen.add_adapter(_lora(), adapter_name="second")

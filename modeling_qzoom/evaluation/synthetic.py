@@ -182,8 +182,9 @@ def draw_rows(
 
 
 def question_corpus() -> list[str]:
-    """Every question and answer that can occur, for building a tokenizer."""
-    texts = [*COUNT_QUESTIONS.values(), *WHICH_QUESTIONS, BAR_QUESTION, *COLORS, *SHAPES, *WORDS, ABSENT]
+    """Every question and answer that can occur, for building a tokenizer; answers often, so that each is a token."""
+    texts = [*COUNT_QUESTIONS.values(), *WHICH_QUESTIONS, BAR_QUESTION]
+    texts += 40 * [*COLORS, *SHAPES, *WORDS, ABSENT]
     texts += [f"{down} {across}" for down in ("top", "middle", "bottom") for across in ("left", "center", "right")]
     texts += [str(n) for n in range(10)]
     texts += [SHAPE_QUESTION.format(color=color) for color in COLORS]

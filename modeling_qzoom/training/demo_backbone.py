@@ -10,7 +10,7 @@ from .demo_data import DecoderSteps, StepBatch, TowerSteps
 from .demo_model import build_optimizers
 from .loop import fit
 from .packing import Batch, answer_loss
-from .tower import DenseHeads, ViewBatch, dense_loss, encode, flat_patches
+from .tower import DenseHeads, ViewBatch, dense_loss, encode, flat_patches, label_words
 from .views import IGNORE
 
 
@@ -18,23 +18,28 @@ DENSE_WEIGHT = 0.15
 """Weight of the dense labels beside the answers: keeps the tower reading while the decoder learns."""
 
 
-def training_parts(model: Qwen2_5_VLForConditionalGeneration) -> nn.ModuleDict:
+def training_parts(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> nn.ModuleDict:
     """What the stages train and store: the model without its tied head, and the dense probes."""
     vision = model.config.vision_config
-    return nn.ModuleDict({"model": model.model, "heads": DenseHeads(vision.hidden_size, vision.out_hidden_size)})
+    heads = DenseHeads(vision.hidden_size, vision.out_hidden_size, label_words(tokenizer))
+    return nn.ModuleDict({"model": model.model, "heads": heads})
 
 
 def train_tower(parts: nn.ModuleDict, steps: int, path: Path, lr: float = 2e-3, seed: int = 1) -> None:
-    """Dense pretraining of the vision tower, large digits first."""
-    module = nn.ModuleDict({"visual": parts["model"].visual, "heads": parts["heads"]})
+    """Dense pretraining of the vision tower (and of the embeddings that name what it sees), large digits first."""
+    model, heads = parts["model"], parts["heads"]
+    embedding = model.get_input_embeddings()
+    model.language_model.layers.requires_grad_(False)
+    model.language_model.norm.requires_grad_(False)
 
     def step_loss(views: ViewBatch) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, patches = encode(module["visual"], views)
-        return dense_loss(module["heads"], tokens, patches, views.labels)
+            tokens, patches = encode(model.visual, views)
+        return dense_loss(heads(tokens, patches, embedding.weight), views.labels)
 
-    with flat_patches(module["visual"]):
-        fit(module, build_optimizers(module, lr), TowerSteps(seed, steps), step_loss, path)
+    with flat_patches(model.visual):
+        fit(parts, build_optimizers(parts, lr), TowerSteps(seed, steps), step_loss, path)
+    parts.requires_grad_(True)
 
 
 def segment_hits(batch: Batch, hit: Tensor) -> list[tuple[str, bool]]:
@@ -55,7 +60,8 @@ def decoder_step(
     with torch.autocast("cpu", torch.bfloat16):
         tokens, patches = encode(model.model.visual, batch.views)
         loss, hit = answer_loss(model, batch, tokens)
-    dense, accuracy = dense_loss(heads, tokens, patches, batch.views.labels)
+    embedding = model.get_input_embeddings().weight
+    dense, accuracy = dense_loss(heads(tokens, patches, embedding), batch.views.labels)
     found = segment_hits(batch, hit)
     measures = {"tower-" + name: value for name, value in accuracy.items() if name in ("digit", "word")}
     for kind in {kind for kind, _ in found}:

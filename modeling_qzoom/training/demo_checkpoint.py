@@ -1,4 +1,4 @@
-"""The demo's folders: the plain backbone that the stages start from, and the finished checkpoint, which holds data only."""
+"""The demo's folders: the plain backbone that the stages start from, and the finished checkpoint."""
 
 import json
 import tempfile

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..evaluation.pages import Page, PageSettings, Question, union
-from ..evaluation.synthetic import absent_question, code_question, coarse_question, draw_page, multi_question
+from ..evaluation.synthetic import absent_question, coarse_question, code_question, draw_page, multi_question
 from .packing import Batch, Packer, Sample, Segment
 from .tower import ViewBatch, stack_views
 from .views import View, cell_crop, code_view, entry_view, whole_view
@@ -87,7 +87,7 @@ def part_sample(rng: random.Random) -> Sample:
         pair = page.entries[first : first + 2]
         view = entry_view(page, first, 120, rng, (8.5, 13), union(*(entry.box for entry in pair)))
         if view is not None and len(view.legible) > 1:
-            return Sample(view, _codes(page, view.legible, 5, rng))
+            return Sample(view, _codes(page, view.legible, 7, rng))
 
 
 def search_sample(rng: random.Random) -> Sample:
@@ -106,7 +106,7 @@ def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
         page = random_page(rng, FEW if few else LARGE)
         view = whole_view(page, COARSE_TOKENS if few else rng.choice([COARSE_TOKENS, 100, 144]))
         if view.legible:
-            return Sample(view, _codes(page, view.legible, 4, rng) + _coarse(page, 3, rng))
+            return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 8, rng))
 
 
 def large_sample(rng: random.Random) -> Sample:
@@ -115,7 +115,7 @@ def large_sample(rng: random.Random) -> Sample:
         page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK)
         view = whole_view(page, rng.choice([256, 400, 512]))
         if view.legible:
-            return Sample(view, _codes(page, view.legible, 6, rng) + _coarse(page, 2, rng))
+            return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 6, rng))
 
 
 def fused_sample(rng: random.Random) -> Sample:
@@ -137,7 +137,7 @@ def fused_sample(rng: random.Random) -> Sample:
     segments = []
     for index in rng.sample(small, min(2, len(small))):
         segments.append(crop(code_question(page, index, rng), index, rng.choice([49, 64, 100, 144, 144])))
-    segments += _coarse(page, 2, rng)
+    segments += _coarse(page, 6, rng)
     if rng.random() < 0.2:
         segments.append(Segment(code_question(page, rng.choice(small), rng)))
     if rng.random() < 0.25:

@@ -177,11 +177,14 @@ class TrainRegionsConfig(TrainConfig):
 
     Args:
         rule: Thresholds of the labels.
+        only_right: Leave out maps of answers that are not the annotated one: whoever answers wrongly may have looked
+            elsewhere. Needs rows with answers; the paper uses none.
         reset: Start from copies of the backbone's layers; False continues (stage 2.5).
         questions_per_image: Most questions about one image in one sequence.
     """
 
     rule: TriStateConfig = field(default_factory=TriStateConfig)
+    only_right: bool = False
     reset: bool = True
     questions_per_image: int = 4
 

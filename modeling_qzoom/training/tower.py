@@ -1,4 +1,4 @@
-"""Dense labels for the demo's vision tower: which digit, colour, shape, word and code lies under each patch and token."""
+"""Dense labels for the demo's vision tower: digit, colour, shape, word and code under each patch and token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
+from ..evaluation.pages import CODE_LENGTH, COLORS, SHAPES, WORDS
 from .views import IGNORE, NO_DIGIT, NO_OBJECT, NO_WORD, View, normalise
 
 
@@ -18,20 +20,50 @@ EMPTY_WEIGHT = 0.15
 
 
 class DenseHeads(nn.Module):
-    """Linear probes on the tower, thrown away after training.
+    """Probes on the tower, thrown away after training.
+
+    Colours, shapes and label words are told by the decoder's own embeddings of these words, as a captioner would be
+    trained: so a question's words and what they name come to lie close together, and searching is soon learned.
 
     Args:
         patch_size: Width of the patch features.
-        token_size: Width of the merged tokens.
+        token_size: Width of the merged tokens and of the embeddings.
+        words: Per sort of label the token ids of its words, (words, spellings).
     """
 
-    def __init__(self, patch_size: int, token_size: int) -> None:
+    def __init__(self, patch_size: int, token_size: int, words: dict[str, list[list[int]]]) -> None:
         super().__init__()
         self.digit = nn.Linear(patch_size, NO_DIGIT + 1)
-        self.color = nn.Linear(token_size, NO_OBJECT + 1)
-        self.shape = nn.Linear(token_size, NO_OBJECT + 1)
-        self.word = nn.Linear(token_size, NO_WORD + 1)
-        self.code = nn.Linear(token_size, 30)
+        self.code = nn.Linear(token_size, 10 * CODE_LENGTH)
+        self.words = words
+        self.scale = nn.ParameterDict({name: nn.Parameter(torch.ones(())) for name in words})
+        # one row more than there are words: nothing of the sort
+        self.nothing = nn.ParameterDict({name: nn.Parameter(torch.zeros(token_size)) for name in words})
+        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(len(ids) + 1)) for name, ids in words.items()})
+
+    def forward(self, tokens: Tensor, patches: Tensor, embedding: Tensor) -> dict[str, Tensor]:
+        """Logits by name.
+
+        Args:
+            tokens: (tokens, D).
+            patches: (4 * tokens, d).
+            embedding: (vocabulary, D) of the decoder.
+        """
+        tokens, patches = tokens.float(), patches.float()
+        logits = {"digit": self.digit(patches), "code": self.code(tokens).view(-1, 10)}
+        for name, ids in self.words.items():
+            rows = embedding[torch.tensor(ids)].float().mean(1)  # (words, D)
+            rows = torch.cat([rows, self.nothing[name][None]])
+            logits[name] = self.scale[name] * linear(tokens, rows) + self.bias[name]
+        return logits
+
+
+def label_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]]:
+    """Token ids of every label, in a sentence and alone; each spelling is one token."""
+    found = {}
+    for name, labels in {"color": COLORS, "shape": SHAPES, "word": WORDS}.items():
+        found[name] = [tokenizer.encode(" " + label)[:1] + tokenizer.encode(label)[:1] for label in labels]
+    return found
 
 
 class FlatPatchEmbed(Qwen2_5_VisionPatchEmbed):
@@ -90,18 +122,9 @@ def encode(tower: nn.Module, views: ViewBatch) -> tuple[Tensor, Tensor]:
     return out.pooler_output, out.last_hidden_state
 
 
-def dense_loss(
-    heads: DenseHeads, tokens: Tensor, patches: Tensor, labels: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, float]]:
+def dense_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Sum of the probes' cross-entropies, and each probe's accuracy on labelled places."""
-    logits = {
-        "digit": heads.digit(patches.float()),
-        "color": heads.color(tokens.float()),
-        "shape": heads.shape(tokens.float()),
-        "word": heads.word(tokens.float()),
-        "code": heads.code(tokens.float()).view(-1, 10),
-    }
-    total, accuracy = tokens.new_zeros(()).float(), {}
+    total, accuracy = torch.zeros(()), {}
     for name, value in logits.items():
         wanted = labels[name].reshape(-1)
         if (wanted == IGNORE).all():

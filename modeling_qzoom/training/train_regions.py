@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..backbones_qzoom import image_grids
+from ..evaluation.metrics import exact_match
 from ..supervision_qzoom import IGNORED
 from .data import Row, by_image
 from .fresh_branches import reset_region
@@ -52,6 +53,22 @@ def usable_records(records: Sequence[Record], rule: TriStateConfig, max_tokens: 
         raise ValueError(
             f"None of the {len(records)} maps holds a label: loosen rule.faintest_peak or rule.largest_box, or look "
             "for other grounding heads."
+        )
+    return kept
+
+
+def right_records(records: Sequence[Record]) -> list[Record]:
+    """The records whose response is the annotated answer.
+
+    Raises:
+        ValueError: None is.
+    """
+    kept = [record for record in records if record["answers"] and exact_match(record["response"], record["answers"])]
+    logger.info("%d of %d responses are right, the maps of the others are left out", len(kept), len(records))
+    if not kept:
+        raise ValueError(
+            f"None of the {len(records)} responses is the annotated answer; only_right needs rows with answers and a "
+            "model that finds some of them."
         )
     return kept
 
@@ -136,9 +153,10 @@ def run(config: TrainRegionsConfig) -> None:
     rows = labelled_rows(config.labels, LABELS)
     session = open_session(config)
     backbone = None if config.other_backbone else backbone_fingerprint(session.model)
-    records = usable_records(
-        list(read_labels(config.labels, LABELS, backbone)), config.rule, session.processor.max_tokens
-    )
+    records = list(read_labels(config.labels, LABELS, backbone))
+    if config.only_right:
+        records = right_records(records)
+    records = usable_records(records, config.rule, session.processor.max_tokens)
     groups = sequences(records, config.questions_per_image)
     logger.info("%d questions in %d sequences", len(records), len(groups))
     pad = session.processor.tokenizer.pad_token_id

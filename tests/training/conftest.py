@@ -16,7 +16,7 @@ def tokenizer():
 @pytest.fixture
 def backbone(tokenizer):
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return build_backbone(demo_config(448, ids)).eval()
+    return build_backbone(demo_config(512, ids)).eval()
 
 
 @pytest.fixture

@@ -4,16 +4,17 @@ import random
 
 import torch
 
+from modeling_qzoom.evaluation.pages import COLORS, SHAPES, WORDS
 from modeling_qzoom.training.demo_backbone import decoder_step, segment_hits, train_tower, training_parts
 from modeling_qzoom.training.demo_data import DecoderSteps, crop_sample, fused_sample, part_sample, whole_sample
 from modeling_qzoom.training.demo_model import build_optimizers
 from modeling_qzoom.training.packing import Packer
-from modeling_qzoom.training.tower import flat_patches
+from modeling_qzoom.training.tower import flat_patches, label_words
 from modeling_qzoom.training.views import IGNORE, NO_OBJECT, NO_WORD, normalise
 
 
-def test_the_optimizers_hold_every_weight_once(backbone) -> None:
-    parts = training_parts(backbone)
+def test_the_optimizers_hold_every_weight_once(backbone, tokenizer) -> None:
+    parts = training_parts(backbone, tokenizer)
     optimizers = build_optimizers(parts, 1e-3, tower_share=0.5)
     held = [id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     assert sorted(held) == sorted(id(weight) for weight in parts.parameters())
@@ -22,7 +23,7 @@ def test_the_optimizers_hold_every_weight_once(backbone) -> None:
 
 
 def test_the_decoder_learns_a_batch(tokenizer, backbone) -> None:
-    parts, packer, rng = training_parts(backbone), Packer(tokenizer), random.Random(0)
+    parts, packer, rng = training_parts(backbone, tokenizer), Packer(tokenizer), random.Random(0)
     batch = packer([crop_sample(rng) for _ in range(4)])
     optimizers = build_optimizers(parts, 2e-3)
     losses = []
@@ -38,14 +39,15 @@ def test_the_decoder_learns_a_batch(tokenizer, backbone) -> None:
     assert "fine" in measures
 
 
-def test_the_tower_stage_changes_the_tower_only(backbone, tmp_path) -> None:
-    parts = training_parts(backbone)
-    decoder = {name: weight.clone() for name, weight in parts["model"].language_model.state_dict().items()}
+def test_the_tower_stage_leaves_the_decoder_s_layers(backbone, tokenizer, tmp_path) -> None:
+    parts = training_parts(backbone, tokenizer)
+    decoder = {name: weight.clone() for name, weight in parts["model"].language_model.layers.state_dict().items()}
     embedding = parts["model"].visual.patch_embed.proj.weight.clone()
     train_tower(parts, 1, tmp_path / "tower.safetensors")
     assert not torch.equal(embedding, parts["model"].visual.patch_embed.proj.weight)
-    for name, weight in parts["model"].language_model.state_dict().items():
+    for name, weight in parts["model"].language_model.layers.state_dict().items():
         assert torch.equal(weight, decoder[name]), name
+    assert all(weight.requires_grad for weight in parts.parameters())
 
 
 def test_samples_ask_what_their_views_show() -> None:
@@ -99,3 +101,10 @@ def test_steps_are_a_function_of_seed_and_number(tokenizer) -> None:
     assert torch.equal(first[1].batch.input_ids, again[1].batch.input_ids)
     assert torch.equal(first[1].batch.views.patches, again[1].batch.views.patches)
     assert not torch.equal(first[0].batch.views.patches, other[0].batch.views.patches)
+
+
+def test_every_label_is_one_token_alone_and_in_a_sentence(tokenizer) -> None:
+    words = label_words(tokenizer)
+    for name, labels in {"color": COLORS, "shape": SHAPES, "word": WORDS}.items():
+        spelled = [[tokenizer.decode([part]).strip() for part in spellings] for spellings in words[name]]
+        assert spelled == [[label, label] for label in labels]

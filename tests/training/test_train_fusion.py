@@ -20,6 +20,7 @@ from modeling_qzoom.training.label_rows import labelled_rows
 from modeling_qzoom.training.session import open_session
 from modeling_qzoom.training.shards import read_labels
 from modeling_qzoom.training.stage_configs import ModelConfig, TrainFusionConfig, TrainRegionsConfig
+from tests.lora_support import needs_lora
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES
 
@@ -97,7 +98,7 @@ def changed_parts(before, after) -> set[str]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=needs_lora), "full"])
 def test_learns_and_changes_the_decoder_only(prepared, tmp_path, method):
     settings = config(prepared, tmp_path / "out", method=method)
     train_fusion.run(settings)
@@ -116,6 +117,7 @@ def test_learns_and_changes_the_decoder_only(prepared, tmp_path, method):
     assert processor.tokenizer.chat_template == samples.processor.tokenizer.chat_template
 
 
+@needs_lora
 def test_an_adapter_beside_its_base(qwen, tmp_path):
     """As an add-on the adapter stays unmerged and answers as the merged one does."""
     from tests.tiny import tiny_vlm
@@ -145,6 +147,7 @@ def test_an_adapter_beside_its_base(qwen, tmp_path):
     assert (tmp_path / "stage1" / "lora" / "adapter_model.safetensors").exists()
 
 
+@needs_lora
 def test_the_same_seed_trains_the_same(qwen, tmp_path):
     trainer = {**TRAINER, "num_train_epochs": 1}
     options = {"method": "lora", "trainer": trainer, "random_box_share": 0.5}

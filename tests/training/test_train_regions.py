@@ -20,6 +20,7 @@ from modeling_qzoom.training.train_regions import (
     coarse_grid,
     collate_regions,
     measure_regions,
+    right_records,
     sequences,
     usable_records,
 )
@@ -148,6 +149,15 @@ def test_maps_without_a_label_are_dropped(single, caplog) -> None:
     assert f"{len(rows) - 1} of {len(rows)} maps hold labels" in caplog.text
     with pytest.raises(ValueError, match="None of the 1 maps holds a label"):
         usable_records(records[1:2], RULE, None)
+
+
+def test_maps_of_wrong_answers_can_be_left_out(single) -> None:
+    rows = labelled_rows(single["labels"], "label-regions").values()
+    records = [region_record(row) for row in rows]
+    records[0]["response"], records[1]["answers"] = "something else", []
+    assert [record["id"] for record in right_records(records)] == [record["id"] for record in records[2:]]
+    with pytest.raises(ValueError, match="None of the 2 responses is the annotated answer"):
+        right_records(records[:2])
 
 
 def test_the_coarse_grid_keeps_the_aspect() -> None:
