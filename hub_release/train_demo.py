@@ -58,12 +58,11 @@ class DecoderStage:
 
 TOWER_STEPS = 900
 DECODER_STAGES = (
-    DecoderStage("2-read", 500, {"crop": 14, "whole": 16}, decay=0.0),
-    DecoderStage("3-pages", 300, {"crop": 8, "whole": 6, "page": 10}, decay=0.0),
-    DecoderStage("4-polish", 900, {"crop": 6, "search": 11, "page": 7}, decay=0.7),
-    DecoderStage("5-large", 400, {"crop": 4, "search": 5, "page": 10, "large": 2}, decay=1.0, lr=1e-3),
+    DecoderStage("2-read", 900, {"crop": 10, "whole": 16}, decay=0.0),
+    DecoderStage("3-pages", 400, {"crop": 5, "whole": 6, "search": 4, "page": 8}, decay=0.0),
+    DecoderStage("4-polish", 1500, {"crop": 4, "search": 8, "page": 8}, decay=0.8),
+    DecoderStage("5-large", 600, {"crop": 2, "search": 4, "page": 8, "large": 3}, decay=1.0, lr=1e-3),
 )
-
 MARKERS = ("<!-- figures -->", "<!-- end of figures -->")
 
 logger = logging.getLogger("train_demo")

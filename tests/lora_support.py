@@ -7,7 +7,5 @@ from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 
-needs_lora = pytest.mark.skipif(
-    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
-    reason=f"transformers {transformers.__version__} takes peft {MIN_PEFT_VERSION} or newer; {peft.__version__} is here",
-)
+REASON = f"transformers {transformers.__version__} takes peft {MIN_PEFT_VERSION} or newer, here is {peft.__version__}"
+needs_lora = pytest.mark.skipif(Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=REASON)
