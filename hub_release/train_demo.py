@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from modeling_qzoom.training.demo_checkpoint import (  # noqa: E402
     write_card,
     write_checkpoint,
 )
+from modeling_qzoom.training.demo_data import ALL_KINDS, SCENES  # noqa: E402
 from modeling_qzoom.training.demo_model import build_backbone, demo_config  # noqa: E402
 from modeling_qzoom.training.loop import load_state  # noqa: E402
 from modeling_qzoom.training.tokenization import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
@@ -47,6 +48,7 @@ class DecoderStage:
         groups: Samples per step by name, see `demo_data.DRAW`.
         decay: Share of the steps with a falling rate.
         lr: Peak rate.
+        kinds: How often each kind of page is drawn.
     """
 
     name: str
@@ -54,13 +56,14 @@ class DecoderStage:
     groups: dict[str, int]
     decay: float
     lr: float = 2e-3
+    kinds: dict[str, int] = field(default_factory=lambda: ALL_KINDS)
 
 
 TOWER_STEPS = 900
 DECODER_STAGES = (
-    DecoderStage("2-read", 900, {"crop": 10, "whole": 16}, decay=0.0),
-    DecoderStage("3-pages", 400, {"crop": 5, "whole": 6, "search": 4, "page": 8}, decay=0.0),
-    DecoderStage("4-polish", 1500, {"crop": 4, "search": 8, "page": 8}, decay=0.8),
+    DecoderStage("2-search", 700, {"crop": 8, "whole": 16}, decay=0.0, kinds=SCENES),
+    DecoderStage("3-pages", 900, {"crop": 6, "whole": 10, "page": 6}, decay=0.0),
+    DecoderStage("4-polish", 1200, {"crop": 4, "search": 8, "page": 8}, decay=0.8),
     DecoderStage("5-large", 600, {"crop": 2, "search": 4, "page": 8, "large": 3}, decay=1.0, lr=1e-3),
 )
 MARKERS = ("<!-- figures -->", "<!-- end of figures -->")

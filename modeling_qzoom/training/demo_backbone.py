@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from .demo_data import DecoderSteps, StepBatch, TowerSteps
+from .demo_data import ALL_KINDS, DecoderSteps, StepBatch, TowerSteps, Weights
 from .demo_model import build_optimizers
 from .loop import fit
 from .packing import Batch, answer_loss
@@ -80,11 +80,13 @@ def train_decoder(
     decay: float,
     lr: float = 2e-3,
     seed: int = 2,
+    kinds: Weights = ALL_KINDS,
 ) -> None:
     """Teach the decoder to search and read.
 
     Args:
         groups: Samples per step by name, see `demo_data.DRAW`.
+        kinds: How often each kind of page is drawn.
         decay: Share of the steps with a falling rate.
     """
 
@@ -98,4 +100,4 @@ def train_decoder(
 
     optimizers = build_optimizers(parts, lr, tower_share=0.4)
     with flat_patches(model.model.visual):
-        fit(parts, optimizers, DecoderSteps(tokenizer, groups, seed, steps), step_loss, path, decay=decay)
+        fit(parts, optimizers, DecoderSteps(tokenizer, groups, seed, steps, kinds), step_loss, path, decay=decay)

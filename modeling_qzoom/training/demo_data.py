@@ -19,12 +19,17 @@ LARGE = PageSettings(side=(500, 800), digit_width=(1 / 30, 1 / 18))
 FEW = PageSettings(side=(500, 700), items=(2, 3), digit_width=(1 / 26, 1 / 19))
 MIXED = PageSettings(side=(700, 1200), digit_width=(1 / 66, 1 / 36))
 BENCHMARK = PageSettings(side=(900, 1400))
-PAGE_WEIGHTS = {"scene": 4, "form": 3, "text": 4}
+Weights = dict[str, int]
+"""How often each kind of page is drawn."""
+ALL_KINDS: Weights = {"scene": 4, "form": 3, "text": 4}
+SCENES: Weights = {"scene": 1}
+"""On scenes alone, searching a page for what a question names is learned within a few hundred steps, on all kinds at
+once not in several times as many."""
 
 
-def random_page(rng: random.Random, settings: PageSettings) -> Page:
+def random_page(rng: random.Random, settings: PageSettings, kinds: Weights = ALL_KINDS) -> Page:
     """A page of the training split."""
-    kind = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     return draw_page(rng.randrange(10**12), settings, kind)
 
 
@@ -70,19 +75,19 @@ def tower_views(rng: random.Random, count: int, digits: tuple[float, float]) -> 
     return views
 
 
-def crop_sample(rng: random.Random) -> Sample:
+def crop_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     """A small view that holds an entry with legible digits: learns to read."""
     while True:
-        page = random_page(rng, LARGE if rng.random() < 0.5 else MIXED)
+        page = random_page(rng, LARGE if rng.random() < 0.5 else MIXED, kinds)
         view = entry_view(page, rng.randrange(len(page.entries)), 48, rng, (8.5, 18))
         if view is not None and view.legible:
             return Sample(view, _codes(page, view.legible, 4, rng))
 
 
-def part_sample(rng: random.Random) -> Sample:
+def part_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     """A part of a page with several legible codes at once: learns to search where it can read."""
     while True:
-        page = random_page(rng, MIXED)
+        page = random_page(rng, MIXED, kinds)
         first = rng.randrange(len(page.entries) - 1)
         pair = page.entries[first : first + 2]
         view = entry_view(page, first, 120, rng, (8.5, 13), union(*(entry.box for entry in pair)))
@@ -90,12 +95,12 @@ def part_sample(rng: random.Random) -> Sample:
             return Sample(view, _codes(page, view.legible, 7, rng))
 
 
-def search_sample(rng: random.Random) -> Sample:
+def search_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     """Several legible codes in one view, no crop."""
-    return part_sample(rng) if rng.random() < 0.4 else whole_sample(rng, few_share=0.2)
+    return part_sample(rng, kinds) if rng.random() < 0.4 else whole_sample(rng, kinds, few_share=0.2)
 
 
-def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
+def whole_sample(rng: random.Random, kinds: Weights = ALL_KINDS, few_share: float = 0.7) -> Sample:
     """A whole page with large, legible codes and questions of both kinds.
 
     Args:
@@ -103,28 +108,28 @@ def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
     """
     while True:
         few = rng.random() < few_share
-        page = random_page(rng, FEW if few else LARGE)
+        page = random_page(rng, FEW if few else LARGE, kinds)
         view = whole_view(page, COARSE_TOKENS if few else rng.choice([COARSE_TOKENS, 100, 144]))
         if view.legible:
             return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 8, rng))
 
 
-def large_sample(rng: random.Random) -> Sample:
+def large_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     """A whole page in many tokens: what the plain model needs where it may not zoom."""
     while True:
-        page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK)
+        page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK, kinds)
         view = whole_view(page, rng.choice([256, 400, 512]))
         if view.legible:
             return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 6, rng))
 
 
-def fused_sample(rng: random.Random) -> Sample:
+def fused_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     """A page at the coarse budget with crops as inference makes them, plain rows beside them.
 
     One crop in five stands at the positions of a second image. Some crops lie around the wrong entry: then the page's
     own tokens have to answer.
     """
-    page = random_page(rng, MIXED if rng.random() < 0.6 else BENCHMARK)
+    page = random_page(rng, MIXED if rng.random() < 0.6 else BENCHMARK, kinds)
     view = whole_view(page, COARSE_TOKENS)
     small = [index for index, entry in enumerate(page.entries) if not entry.large]
 
@@ -182,10 +187,19 @@ class DecoderSteps(Dataset):
 
     Args:
         groups: Samples per step by name, see `DRAW`.
+        kinds: How often each kind of page is drawn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, groups: dict[str, int], seed: int, steps: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        groups: dict[str, int],
+        seed: int,
+        steps: int,
+        kinds: Weights = ALL_KINDS,
+    ) -> None:
         self.packer, self.groups, self.seed, self.steps = Packer(tokenizer), groups, seed, steps
+        self.kinds = kinds
 
     def __len__(self) -> int:
         return self.steps
@@ -194,6 +208,6 @@ class DecoderSteps(Dataset):
         rng = random.Random(f"decoder/{self.seed}/{step}")
         found = []
         for name, count in self.groups.items():
-            draw: Callable[[random.Random], Sample] = DRAW[name]
-            found.append(StepBatch(name, count, self.packer([draw(rng) for _ in range(count)])))
+            draw: Callable[[random.Random, Weights], Sample] = DRAW[name]
+            found.append(StepBatch(name, count, self.packer([draw(rng, self.kinds) for _ in range(count)])))
         return found

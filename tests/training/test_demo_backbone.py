@@ -6,7 +6,14 @@ import torch
 
 from modeling_qzoom.evaluation.pages import COLORS, SHAPES, WORDS
 from modeling_qzoom.training.demo_backbone import decoder_step, segment_hits, train_tower, training_parts
-from modeling_qzoom.training.demo_data import DecoderSteps, crop_sample, fused_sample, part_sample, whole_sample
+from modeling_qzoom.training.demo_data import (
+    SCENES,
+    DecoderSteps,
+    crop_sample,
+    fused_sample,
+    part_sample,
+    whole_sample,
+)
 from modeling_qzoom.training.demo_model import build_optimizers
 from modeling_qzoom.training.packing import Packer
 from modeling_qzoom.training.tower import flat_patches, label_words
@@ -108,3 +115,9 @@ def test_every_label_is_one_token_alone_and_in_a_sentence(tokenizer) -> None:
     for name, labels in {"color": COLORS, "shape": SHAPES, "word": WORDS}.items():
         spelled = [[tokenizer.decode([part]).strip() for part in spellings] for spellings in words[name]]
         assert spelled == [[label, label] for label in labels]
+
+
+def test_steps_on_scenes_alone(tokenizer) -> None:
+    steps = DecoderSteps(tokenizer, {"whole": 3, "search": 2}, seed=1, steps=2, kinds=SCENES)
+    labels = [part.batch.views.labels["word"] for number in range(2) for part in steps[number]]
+    assert all(bool((words == NO_WORD).all()) for words in labels)  # no form, no text
