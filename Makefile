@@ -40,9 +40,10 @@ $(VENV)/.train: $(VENV)/.core
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train]"
 	touch $@
 
-# the figures in the README: 2,000 fresh rows
+# the figures in the README, with the command that it names
 figures: $(VENV)/.train
-	OMP_NUM_THREADS=1 $(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --seed 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --split test \
+		--seed 1 --rows 900 --page-kinds --ladder-rows 0 --output hub_release/checkpoints/qzoom-demo-figures.json
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.train
