@@ -1,6 +1,6 @@
 """What happened to one prompt row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -10,9 +10,12 @@ from .regions_qzoom import Box, Rectangle
 REASONS = ("gate_open", "gate_closed", "forced", "off", "no_image", "video", "empty_map", "crop_failed")
 
 
-@dataclass
+@dataclass(repr=False)
 class ZoomReport:
     """Whether, why and where one row was zoomed; Python numbers and CPU float32 tensors.
+
+    A report keeps no image. `report.overlay(image)` draws it over one; `print(report)` draws the heat map in text; a
+    notebook shows caption and heat map.
 
     Attributes:
         gate_probability: probability that the coarse view is not enough; None where the gate did not run.
@@ -27,6 +30,8 @@ class ZoomReport:
         coarse_tokens: visual tokens of the row's prompt.
         crop_tokens: visual tokens of the crop, 0 without one.
         grid_box: rectangle of source pixels that the map covers; None for the whole image.
+        has_gate: whether the checkpoint has a gate, which tells zoom="always" from a checkpoint without one; None if
+            not recorded. A fact about the model, not about the row, so reports compare without it.
     """
 
     gate_probability: float | None = None
@@ -39,6 +44,30 @@ class ZoomReport:
     coarse_tokens: int = 0
     crop_tokens: int = 0
     grid_box: Rectangle | None = None
+    has_gate: bool | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """One line: what differs from a row that nobody looked at, tensors by their shape."""
+        parts = [f"reason={self.reason!r}", f"zoomed={self.zoomed}"]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                parts.append(f"{entry.name}=<{tuple(value.shape)}>")
+            elif entry.name not in ("reason", "zoomed") and value != entry.default:
+                parts.append(f"{entry.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        """Caption and heat map in text; see `visualization_qzoom.text_picture`."""
+        from .visualization_qzoom import text_picture
+
+        return text_picture(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from .visualization_qzoom import notebook_html
+
+        return notebook_html(self)
 
     def overlay(self, image, **kwargs):
         """The image with heat map, box and a caption; see `visualization_qzoom.overlay`.

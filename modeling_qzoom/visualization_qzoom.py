@@ -1,5 +1,11 @@
-"""A zoom report as a picture: heat map and box over the image, the crop beside it, a caption below."""
+"""A zoom report as a picture: heat map and box over the image, the crop beside it, a caption below.
 
+Where the image is not at hand, as a drawing in text or as HTML for a notebook.
+"""
+
+import base64
+import html
+import io
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,7 @@ _COLD = 0.06  # share of the peak below which a place is not tinted
 
 _REASONS = {
     "gate_open": "zoomed: the gate asked for a closer look",
-    "forced": "zoomed: without asking the gate",  # zoom="always", or a checkpoint that has none
+    "forced": "zoomed: without asking the gate",
     "gate_closed": "not zoomed: the gate found the coarse view enough",
     "off": 'not zoomed: zoom="never"',
     "no_image": "not zoomed: no image in this row",
@@ -27,6 +33,12 @@ _REASONS = {
     "empty_map": "not zoomed: nothing stands out in the heat map",
     "crop_failed": "not zoomed: the crop could not be made",
 }
+
+# why the gate was not asked, where the report knows whether there is one
+_FORCED = {True: 'zoomed: zoom="always", the gate was not asked', False: "zoomed: this checkpoint has no gate"}
+_SHADES = "·░▒▓█"  # cold to hot; the first is a place that an overlay does not tint
+_WIDEST_MAP = 48  # cells in a line of text
+_CELL_SIDE, _LARGEST_MAP = 24, 384  # display pixels of the heat map in a notebook
 
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
@@ -123,8 +135,11 @@ def caption_lines(report: Any) -> list[str]:
         report: a `ZoomReport` or anything with its attributes.
     """
     happened = _REASONS.get(report.reason, f"{'zoomed' if report.zoomed else 'not zoomed'}: {report.reason}")
-    gate = "not run" if report.gate_probability is None else f"{report.gate_probability:.3f}"
-    details = [f"gate {gate}", f"{report.coarse_tokens} coarse tokens"]
+    has_gate = getattr(report, "has_gate", None)
+    if report.reason == "forced":
+        happened = _FORCED.get(has_gate, happened)
+    gate = "gate not run" if report.gate_probability is None else f"gate {report.gate_probability:.3f}"
+    details = ["no gate" if has_gate is False else gate, f"{report.coarse_tokens} coarse tokens"]
     if report.crop_tokens:
         details.append(f"{report.crop_tokens} crop tokens")
     if report.box is not None:
@@ -132,6 +147,70 @@ def caption_lines(report: Any) -> list[str]:
     if report.heatmap is not None and report.heatmap.numel():
         details.append(f"heat peak {float(report.heatmap.max()):.2f}")
     return [happened, " | ".join(details)]
+
+
+def _relative_heat(report: Any) -> np.ndarray | None:
+    """A report's (h, w) heat map as shares of its peak; None where nothing stands out."""
+    if report.heatmap is None or report.reason == "empty_map" or not report.heatmap.numel():
+        return None
+    peak = float(report.heatmap.max())
+    return report.heatmap.float().numpy() / peak if peak > 0 else None
+
+
+def _smaller(heat: np.ndarray, widest: int) -> np.ndarray:
+    """The map in fewer cells, each the hottest of those that it stands for, so that small regions survive."""
+    step = -(-heat.shape[1] // widest)
+    if step == 1:
+        return heat
+    rows, columns = (-(-side // step) for side in heat.shape)
+    padded = np.zeros((rows * step, columns * step), dtype=heat.dtype)
+    padded[: heat.shape[0], : heat.shape[1]] = heat
+    return padded.reshape(rows, step, columns, step).max(axis=(1, 3))
+
+
+def text_picture(report: Any, *, widest: int = _WIDEST_MAP) -> str:
+    """What a report says, and its heat map as a drawing in text: two characters a cell, hotter is darker.
+
+    The map is scaled to its peak, as in `overlay`. A row that was not looked at has no drawing; a map in which nothing
+    stands out is all dots.
+
+    Args:
+        report: a `ZoomReport` or anything with its attributes.
+        widest: most cells in a line; larger maps are drawn in fewer cells.
+
+    Raises:
+        ValueError: `widest` is not positive.
+    """
+    if widest < 1:
+        raise ValueError(f"widest must be a positive number of cells, got {widest}.")
+    lines = caption_lines(report)
+    if report.heatmap is not None and report.heatmap.numel():
+        heat = _relative_heat(report)
+        heat = _smaller(np.zeros(tuple(report.heatmap.shape)) if heat is None else heat, widest)
+        share = (heat - _COLD).clip(0) / (1 - _COLD)
+        shades = np.ceil(share * (len(_SHADES) - 1)).astype(int)
+        lines += ["".join(2 * _SHADES[shade] for shade in row) for row in shades]
+    return "\n".join(lines)
+
+
+def notebook_html(report: Any) -> str:
+    """What a notebook shows of a report: its caption, and its heat map alone, since a report keeps no image.
+
+    Args:
+        report: a `ZoomReport` or anything with its attributes.
+    """
+    happened, details = (html.escape(line) for line in caption_lines(report))
+    parts = [f"<b>{happened}</b><br>{details}"]
+    heat = _relative_heat(report)
+    if heat is not None:
+        side = max(1, min(_CELL_SIDE, _LARGEST_MAP // max(heat.shape)))
+        size = heat.shape[1] * side, heat.shape[0] * side
+        colours = heat_colours(_spread(heat, size, (0, 0, *size)))
+        encoded = io.BytesIO()
+        Image.fromarray(np.rint(colours).astype(np.uint8)).save(encoded, "PNG")
+        data = base64.b64encode(encoded.getvalue()).decode()
+        parts.append(f'<br><img alt="heat map" src="data:image/png;base64,{data}">')
+    return f"<div>{''.join(parts)}</div>"
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -208,11 +287,8 @@ def overlay(
                 f"box {tuple(report.box)} does not lie in an image of {source.width} × {source.height} pixels: pass "
                 "the source image that was zoomed into, in its own resolution."
             )
-    heat = None
-    if report.heatmap is not None and report.reason != "empty_map" and report.heatmap.numel():
-        peak = float(report.heatmap.max())
-        heat = report.heatmap.float().numpy() / peak if peak > 0 else None
-    picture = _main_panel(source, report, heat, alpha, _display_scale(*source.size, max_side))
+    scale = _display_scale(*source.size, max_side)
+    picture = _main_panel(source, report, _relative_heat(report), alpha, scale)
     if show_crop and report.box is not None:
         crop = source.crop(report.box)
         crop = _scaled(crop, min(picture.width / crop.width, picture.height / crop.height))

@@ -173,6 +173,28 @@ def test_text_only_batches(family):
         assert reports_of(family, text, zoom=zoom) == [ZoomReport(reason="no_image")] * 2
 
 
+def test_one_line_representation():
+    """Tensors by shape, and nothing that says nothing: lists of reports stay readable."""
+    assert repr(ZoomReport(reason="no_image")) == "ZoomReport(reason='no_image', zoomed=False)"
+    report = ZoomReport(0.25, True, "gate_open", 0, (1, 2, 30, 40), heatmap=torch.zeros(3, 4), coarse_tokens=12)
+    assert repr(report) == (
+        "ZoomReport(reason='gate_open', zoomed=True, gate_probability=0.25, image_index=0, box=(1, 2, 30, 40), "
+        "heatmap=<(3, 4)>, coarse_tokens=12)"
+    )
+    assert f"{[report]}" == f"[{report!r}]"
+
+
+@families
+def test_text_and_notebook_of_a_real_report(family):
+    report = reports_of(family, one_row(family), **always())[0]
+    rows, columns = report.heatmap.shape
+    drawn = str(report).splitlines()[2:]
+    assert len(drawn) == rows and {len(line) for line in drawn} == {2 * columns}
+    assert "<img" in report._repr_html_()
+    held = [value for value in vars(report).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.numel() for value in held) == 2 * rows * columns  # maps, no image
+
+
 @families
 def test_overlay(family):
     inputs = one_row(family)

@@ -1,3 +1,8 @@
+"""Pictures of reports: over the image, in text and in a notebook."""
+
+import base64
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +12,7 @@ from PIL import Image
 
 from modeling_qzoom import ZoomReport
 from modeling_qzoom.reports_qzoom import REASONS
-from modeling_qzoom.visualization_qzoom import caption_lines, heat_colours, overlay
+from modeling_qzoom.visualization_qzoom import caption_lines, heat_colours, notebook_html, overlay, text_picture
 
 
 WIDTH, HEIGHT = 600, 400
@@ -124,10 +129,72 @@ def test_captions(reason):
     assert "gate not run" in caption_lines(replace(report, gate_probability=None))[1]
 
 
-def test_the_caption_of_a_zoom_without_the_gate_names_no_option():
-    """The report does not tell zoom="always" from a checkpoint without a gate."""
-    happened, details = caption_lines(zoomed_report(reason="forced", gate_probability=None))
-    assert happened == "zoomed: without asking the gate" and "gate not run" in details
+@pytest.mark.parametrize(
+    ("has_gate", "happened", "gate"),
+    [
+        (True, 'zoomed: zoom="always", the gate was not asked', "gate not run"),
+        (False, "zoomed: this checkpoint has no gate", "no gate"),
+        (None, "zoomed: without asking the gate", "gate not run"),
+    ],
+)
+def test_the_caption_tells_zoom_always_from_a_checkpoint_without_a_gate(has_gate, happened, gate):
+    report = zoomed_report(reason="forced", gate_probability=None, has_gate=has_gate)
+    lines = caption_lines(report)
+    assert lines[0] == happened and lines[1].startswith(gate + " | ")
+    assert happened in text_picture(report) and happened in notebook_html(report).replace("&quot;", '"')
+
+
+def test_picture_in_text():
+    report = zoomed_report(heatmap=torch.tensor([[0.0, 0.05, 0.2], [0.5, 0.02, 0.35]]))
+    *caption, first, second = text_picture(report).splitlines()
+    assert caption == caption_lines(report)
+    assert (first, second) == ("··░░▒▒", "██··▓▓")
+    assert str(report) == text_picture(report)
+
+
+def test_text_of_what_was_not_zoomed():
+    """No drawing where nobody looked; a map in which nothing stands out is all dots, however warm its peak is."""
+    assert text_picture(skipped_report()).splitlines() == caption_lines(skipped_report())
+    empty = zoomed_report(zoomed=False, reason="empty_map", box=None, crop_tokens=0)
+    lines = text_picture(empty).splitlines()
+    assert lines[0] == "not zoomed: nothing stands out in the heat map" and "heat peak 0.50" in lines[1]
+    assert lines[2:] == ["·" * 12] * 4
+    assert text_picture(skipped_report(heatmap=torch.zeros(0, 0))).splitlines() == caption_lines(skipped_report())
+    assert text_picture(skipped_report(heatmap=torch.zeros(2, 3))).splitlines()[2:] == ["······"] * 2
+
+
+def test_large_maps_keep_small_regions_in_text():
+    heatmap = torch.zeros(60, 121)
+    heatmap[59, 120] = 1.0
+    drawn = text_picture(zoomed_report(heatmap=heatmap)).splitlines()[2:]
+    assert len(drawn) == 20 and {len(line) for line in drawn} == {82}
+    assert drawn[-1].endswith("██") and "".join(drawn).count("█") == 2
+    assert len(text_picture(zoomed_report(heatmap=heatmap), widest=200).splitlines()) == 62
+    with pytest.raises(ValueError, match="widest must be"):
+        text_picture(zoomed_report(), widest=0)
+
+
+def test_notebook():
+    """Caption and heat map; the hottest place of the picture is the hottest cell."""
+    html = zoomed_report()._repr_html_()
+    assert all(line in html for line in caption_lines(zoomed_report()))
+    encoded = re.search(r'src="data:image/png;base64,([^"]+)"', html)[1]
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert picture.size == (6 * 24, 4 * 24) and len(html) < 20_000
+    brightness = np.asarray(picture).astype(int).sum(-1)
+    row, column = np.unravel_index(brightness.argmax(), brightness.shape)
+    assert (row // 24, column // 24) == (1, 4)
+    large = zoomed_report(heatmap=torch.ones(500, 10))._repr_html_()
+    assert "<img" in large
+
+
+@pytest.mark.parametrize(
+    "report",
+    [skipped_report(), skipped_report(reason="off"), zoomed_report(box=None, zoomed=False, reason="empty_map")],
+)
+def test_notebook_of_what_was_not_zoomed(report):
+    html = report._repr_html_()
+    assert "<img" not in html and "not zoomed" in html and 'zoom="never"' not in html  # quotes are escaped
 
 
 def test_sizes():
