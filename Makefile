@@ -1,57 +1,85 @@
-# Everything a fresh machine needs; each target installs what it uses into ./.venv.
+# Everything a fresh machine needs; each target installs what it uses into ./.venv and says how long it took.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-export IMAGE QUESTION
-
-.PHONY: demo test test-all lint format figures train-demo ablations clean
-
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
+TORCH := "torch==2.13.0"
+# one process a core; small models gain nothing from threads
+PYTEST := -m pytest -n 2 --dist loadfile
+export IMAGE QUESTION
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow test-oldest test-all lint format docs figures train-demo ablations clean
+
+# runs one command and reports its time; the command's exit status is the recipe's
+timed = @began=$$(date +%s); $(1); status=$$?; echo "== $@: $$(( $$(date +%s) - began )) s"; exit $$status
+
 $(VENV)/.core: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	$(call timed,$(PYTHON) -m venv $(VENV) && $(BIN)/python $(PIP_INSTALL) $(TORCH) \
+		&& $(BIN)/python $(PIP_INSTALL) --editable .)
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	touch $@
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[dev]")
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[docs]")
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.core
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[train]")
+	@touch $@
+
+# the oldest transformers that pyproject.toml admits
+$(OLDEST)/.dev: pyproject.toml
+	$(call timed,$(PYTHON) -m venv $(OLDEST) && $(OLDEST)/bin/python $(PIP_INSTALL) $(TORCH) \
+		&& $(OLDEST)/bin/python $(PIP_INSTALL) "transformers==5.20.*" \
+		&& $(OLDEST)/bin/python $(PIP_INSTALL) --editable ".[dev]")
+	@touch $@
 
 demo: $(VENV)/.core
-	$(BIN)/python examples/demo.py $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"}
+	$(call timed,$(BIN)/python examples/demo.py $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"})
 
-# one process a core; small models gain nothing from threads
+# the quick tier
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(call timed,$(BIN)/python $(PYTEST))
 
-# the slow tier too: clean environments, killed and restarted runs, two processes
-test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+# clean environments, every block of the README, killed and restarted runs, two processes
+test-slow: $(VENV)/.dev
+	$(call timed,$(BIN)/python $(PYTEST) --durations 10 -m "slow and not gpu")
+
+# the quick tier again, on the oldest transformers
+test-oldest: $(OLDEST)/.dev
+	$(call timed,$(OLDEST)/bin/python $(PYTEST))
+
+test-all: test test-slow test-oldest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.train: $(VENV)/.core
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train]"
-	touch $@
+# the API reference, build/docs/index.html
+docs: $(VENV)/.docs
+	$(call timed,$(BIN)/python -m pdoc --docformat google --output-directory build/docs modeling_qzoom)
 
 # the figures in the README, with the command that it names
 figures: $(VENV)/.train
-	OMP_NUM_THREADS=1 $(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --split test \
-		--seed 1 --rows 900 --page-kinds --ladder-rows 0 --output hub_release/checkpoints/qzoom-demo-figures.json
+	$(call timed,$(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --split test \
+		--seed 1 --rows 900 --page-kinds --ladder-rows 0 --output hub_release/checkpoints/qzoom-demo-figures.json)
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.train
-	OMP_NUM_THREADS=1 $(BIN)/python hub_release/train_demo.py
+	$(call timed,$(BIN)/python hub_release/train_demo.py)
 
 # after train-demo, on its stages
 ablations: $(VENV)/.train
-	OMP_NUM_THREADS=1 $(BIN)/python hub_release/ablate_demo.py
+	$(call timed,$(BIN)/python hub_release/ablate_demo.py)
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist out .pytest_cache .ruff_cache .mypy_cache

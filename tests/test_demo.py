@@ -1,9 +1,8 @@
-"""The bundled checkpoint: what `make demo` shows, what the README promises, and what is committed."""
+"""The bundled checkpoint: what `make demo` shows, and what is committed."""
 
 import importlib.util
 import json
 import os
-import re
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -82,18 +81,6 @@ def test_own_image_and_bad_input(demo, monkeypatch, tmp_path, capsys):
     Image.new("RGB", (6000, 20)).save(tmp_path / "thin.png")
     assert run(demo, monkeypatch, "--image", str(tmp_path / "thin.png"), "--question", "?")[0] == 1
     assert "200" in capsys.readouterr().err
-
-
-def test_ten_lines_of_the_readme(demo, monkeypatch):
-    """The first Python block prints what its comments say."""
-    demo.build(CHECKPOINT, ROOT / "build" / "qzoom-demo", force=True)
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
-    monkeypatch.chdir(ROOT)
-    printed = StringIO()
-    with redirect_stdout(printed):
-        exec(compile(block, "README.md", "exec"), {})
-    assert printed.getvalue().splitlines() == promised
 
 
 def test_committed_checkpoint_is_data_only():
