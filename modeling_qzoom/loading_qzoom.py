@@ -30,6 +30,7 @@ from .quantization_qzoom import (
     adopt_quantizer,
     dense_state,
     execution_device,
+    forget_unpacking,
     keep_output_embedding_dense,
     protect_from_quantization,
     restore_storage_format,
@@ -296,6 +297,7 @@ class QZoomLoadingMixin:
         self.config.lora_subfolder = None
         self._keep_generation_options()
         restore_storage_format(self)
+        forget_unpacking(self)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_addon(

@@ -80,6 +80,22 @@ def restore_storage_format(module: nn.Module) -> None:
         weight.quant_state = state
 
 
+def forget_unpacking(model) -> None:
+    """Lets a model whose 4-bit weights were read from a checkpoint be saved again.
+
+    On saving, transformers undoes the steps by which it has read a checkpoint. The step that reads packed weights has
+    no way back (as of 5.24) and needs none: they are written as they are packed.
+    """
+    steps = getattr(model, "_weight_conversions", None)
+    if steps:
+        model._weight_conversions = [step for step in steps if not _reads_packed(step)]
+
+
+def _reads_packed(step: Any) -> bool:
+    operations = getattr(step, "operations", None) or ()
+    return any(type(operation).__module__.endswith("integrations.bitsandbytes") for operation in operations)
+
+
 def _dequantize(module: nn.Module, parameter: nn.Parameter) -> Tensor:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
