@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
 
 from .quantization_qzoom import aligned, dense_state, execution_device, is_quantized, vlm_recipe
@@ -41,7 +42,7 @@ def holds_only_branches(checkpoint_files: list[str]) -> bool:
     return True
 
 
-def _base_files(base: str, **hub) -> list[str]:
+def _base_files(base: str, **hub: Any) -> list[str]:
     """The safetensors files of the base model's repository or folder.
 
     Raises:
@@ -62,7 +63,7 @@ def _base_files(base: str, **hub) -> list[str]:
     raise ValueError(f"this add-on's base model {base!r} holds no model.safetensors. {_MOVED}")
 
 
-def with_base_files(model, checkpoint_files: list[str], load_config) -> tuple[list[str], Any]:
+def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_config: Any) -> tuple[list[str], Any]:
     """An add-on's files and those of its base, so that one pass of transformers loads both.
 
     Args:
@@ -103,7 +104,7 @@ def with_base_files(model, checkpoint_files: list[str], load_config) -> tuple[li
     return files, replace(load_config, sharded_metadata={"weight_map": weight_map})
 
 
-def load_lora(model, name: str | os.PathLike, subfolder: str = "", **hub) -> None:
+def load_lora(model: PreTrainedModel, name: str | os.PathLike[str], subfolder: str = "", **hub: Any) -> None:
     """Puts the LoRA adapter of an add-on around the weights it belongs to.
 
     Unlike transformers' own `load_adapter`, adapters of offloaded layers get their values, and keep their dtype.
@@ -145,12 +146,12 @@ def load_lora(model, name: str | os.PathLike, subfolder: str = "", **hub) -> Non
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def _plain_vlm(model) -> nn.Module:
+def _plain_vlm(model: PreTrainedModel) -> PreTrainedModel:
     """The VLM without a wrapper of peft."""
     return model.vlm.get_base_model() if hasattr(model.vlm, "get_base_model") else model.vlm
 
 
-def check_vlm_unchanged(model, base: str, revision: str | None) -> Any:
+def check_vlm_unchanged(model: PreTrainedModel, base: str, revision: str | None) -> Any:
     """Compares the VLM with its base, one module in memory at a time.
 
     Quantized weights cannot be trained and are not compared; neither are LoRA weights.
@@ -203,8 +204,8 @@ def _changed_weights(vlm: nn.Module, reference: nn.Module) -> list[str]:
     return changed
 
 
-def _adapter_of(model) -> tuple[nn.Module, str, Any] | None:
-    """(module that holds the adapter, prefix of its names in the model, configuration), None without one."""
+def _adapter_of(model: PreTrainedModel) -> tuple[nn.Module, str, tuple[str, Any]] | None:
+    """(module that holds the adapter, prefix of its names in the model, its name and configuration), None without."""
     for owner, prefix in ((model, ""), (_plain_vlm(model), "vlm.")):
         adapters = getattr(owner, "peft_config", None)
         if not adapters:
@@ -215,11 +216,11 @@ def _adapter_of(model) -> tuple[nn.Module, str, Any] | None:
     return None
 
 
-def has_unmerged_lora(model) -> bool:
+def has_unmerged_lora(model: PreTrainedModel) -> bool:
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
-def lora_state(model) -> tuple[dict[str, Tensor], Any] | None:
+def lora_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], Any] | None:
     """An unmerged LoRA adapter.
 
     Returns:
@@ -229,12 +230,13 @@ def lora_state(model) -> tuple[dict[str, Tensor], Any] | None:
     Raises:
         ValueError: several adapters, another kind of adapter, a merged one, or one that trains whole VLM weights.
     """
-    if not has_unmerged_lora(model):
+    found = _adapter_of(model) if has_unmerged_lora(model) else None
+    if found is None:
         return None
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    owner, prefix, (adapter, lora_config) = _adapter_of(model)
+    owner, prefix, (adapter, lora_config) = found
     if str(getattr(lora_config.peft_type, "value", lora_config.peft_type)) != "LORA":
         raise ValueError(f"only LoRA adapters can go into an add-on, not {lora_config.peft_type}.")
     layers = {name: module for name, module in owner.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -257,7 +259,7 @@ def lora_state(model) -> tuple[dict[str, Tensor], Any] | None:
     return named, lora_config
 
 
-def branch_state(model) -> dict[str, Tensor]:
+def branch_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The branches' own weights, dense, under the names of a model without an adapter."""
     state: dict[str, Tensor] = {}
     for name, weight in dense_state(model.zoom, model.dtype).items():
@@ -270,7 +272,9 @@ def branch_state(model) -> dict[str, Tensor]:
     return state
 
 
-def write_addon(model, folder: Path, base: str, base_revision: str | None, auto_map: dict[str, str]) -> None:
+def write_addon(
+    model: PreTrainedModel, folder: Path, base: str, base_revision: str | None, auto_map: dict[str, str]
+) -> None:
     """Checks that an add-on can stand for this model, and writes it: weights, configurations and code.
 
     Args:

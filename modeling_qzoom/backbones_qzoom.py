@@ -1,12 +1,14 @@
 """The facts in which supported backbones differ: one row each. No other file branches on a backbone's name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
-from .regions_qzoom import no_artifacts, zero_first_token_cells, zero_page_corner
+from .regions_qzoom import ArtifactRule, no_artifacts, zero_first_token_cells, zero_page_corner
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BackboneSpec:
     processor_class: str
     mrope: bool
     region_rotary: bool
-    artifact_rule: Callable[[Tensor, Tensor | None], Tensor]
+    artifact_rule: ArtifactRule
     region_norm: bool = False
     square_crop: bool = False
     image_start_token: str | None = None
@@ -38,7 +40,10 @@ class BackboneSpec:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
-_QWEN_MARKERS = {"image_start_token": "vision_start_token_id", "image_end_token": "vision_end_token_id"}
+_QWEN_MARKERS: dict[str, Any] = {
+    "image_start_token": "vision_start_token_id",
+    "image_end_token": "vision_end_token_id",
+}
 
 BACKBONES: dict[str, BackboneSpec] = {
     "qwen2_5_vl": BackboneSpec(
@@ -84,7 +89,7 @@ def spec_for_model_type(model_type: str) -> BackboneSpec:
     return BACKBONES[model_type]
 
 
-def spec_for_config(vlm_config) -> BackboneSpec:
+def spec_for_config(vlm_config: PreTrainedConfig) -> BackboneSpec:
     """The row of a VLM's configuration."""
     return spec_for_model_type(vlm_config.model_type)
 
@@ -102,8 +107,21 @@ class TokenGeometry:
     def token_side(self) -> int:
         return self.patch * self.merge
 
+    @property
+    def fixed_side(self) -> int:
+        """Tokens along a side, where the family has one fixed grid.
 
-def token_geometry(vlm_config) -> TokenGeometry:
+        Raises:
+            ValueError: grids differ from image to image.
+        """
+        if self.image_size is None:
+            raise ValueError(
+                "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
+            )
+        return self.image_size // self.token_side
+
+
+def token_geometry(vlm_config: PreTrainedConfig) -> TokenGeometry:
     """Reads patch, merge and image size from a VLM's vision configuration."""
     vision = vlm_config.vision_config
     return TokenGeometry(
@@ -114,7 +132,7 @@ def token_geometry(vlm_config) -> TokenGeometry:
     )
 
 
-def image_grids(vlm_config, image_grid_thw: Tensor | None, num_images: int) -> list[tuple[int, int]]:
+def image_grids(vlm_config: PreTrainedConfig, image_grid_thw: Tensor | None, num_images: int) -> list[tuple[int, int]]:
     """(height, width) of every image in merged tokens.
 
     Args:
@@ -124,12 +142,11 @@ def image_grids(vlm_config, image_grid_thw: Tensor | None, num_images: int) -> l
     if not num_images:
         return []
     if image_grid_thw is None:
-        side = geometry.image_size // geometry.token_side
-        return [(side, side)] * num_images
+        return [(geometry.fixed_side, geometry.fixed_side)] * num_images
     return [(h // geometry.merge, w // geometry.merge) for _, h, w in image_grid_thw.tolist()]
 
 
-def count_images(vlm_config, input_ids: Tensor, image_grid_thw: Tensor | None) -> int:
+def count_images(vlm_config: PreTrainedConfig, input_ids: Tensor, image_grid_thw: Tensor | None) -> int:
     """Number of images in a batch of prompts.
 
     Raises:
@@ -142,11 +159,7 @@ def count_images(vlm_config, input_ids: Tensor, image_grid_thw: Tensor | None) -
     geometry = token_geometry(vlm_config)
     if not tokens:
         return 0
-    if geometry.image_size is None:
-        raise ValueError(
-            "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
-        )
-    per_image = (geometry.image_size // geometry.token_side) ** 2
+    per_image = geometry.fixed_side**2
     if tokens % per_image:
         raise ValueError(f"{tokens} image tokens are not a multiple of the {per_image} that an image of this VLM has.")
     return tokens // per_image
@@ -160,13 +173,13 @@ class VisualFeatures:
     deepstack: list[list[Tensor]]
 
 
-def as_visual_features(encoded) -> VisualFeatures:
+def as_visual_features(encoded: Any) -> VisualFeatures:
     """Normalises what a VLM's `get_image_features` (or `get_video_features`) returned."""
     deepstack = getattr(encoded, "deepstack_features", None) or []
     return VisualFeatures(list(encoded.pooler_output), [list(level) for level in deepstack])
 
 
-def encode_images(vlm, pixel_values: Tensor, image_grid_thw: Tensor | None) -> VisualFeatures:
+def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Tensor | None) -> VisualFeatures:
     """Runs the vision tower and projector."""
     grid = {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
     return as_visual_features(vlm.get_image_features(pixel_values, return_dict=True, **grid))
@@ -176,7 +189,9 @@ def encode_images(vlm, pixel_values: Tensor, image_grid_thw: Tensor | None) -> V
 POSITION_INPUTS = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
-def prompt_positions(vlm, spec: BackboneSpec, input_ids: Tensor, attention_mask: Tensor, **vision) -> Tensor:
+def prompt_positions(
+    vlm: PreTrainedModel, spec: BackboneSpec, input_ids: Tensor, attention_mask: Tensor, **vision: Any
+) -> Tensor:
     """Positions of a prompt as the plain VLM makes them, without its side effect on the module.
 
     Args:

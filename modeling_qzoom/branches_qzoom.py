@@ -1,17 +1,21 @@
 """The two side branches on the hidden states after decoder layer K: gate (when) and region proposal (where)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import BackboneSpec
-from .layers_qzoom import run_layers
+from .configuration_qzoom import QZoomConfig
+from .layers_qzoom import Mask, Rotary, run_layers
 
 
-def _layer_class(decoder: nn.Module) -> type[nn.Module]:
+def _layer_class(decoder: PreTrainedModel) -> type[nn.Module]:
     return type(decoder.layers[0])
 
 
-def _rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(states: Tensor, position_embeddings: Rotary) -> Tensor:
     """Rotary embedding of (B, n, heads, head_dim) states with (B, n, head_dim) cos and sin."""
     cos, sin = (part.to(states.device, states.dtype).unsqueeze(2) for part in position_embeddings)
     left, right = states.chunk(2, dim=-1)
@@ -27,12 +31,12 @@ def _gather(states: Tensor, columns: Tensor) -> Tensor:
 class BranchLayers(nn.Module):
     """Decoder layers of the backbone's own class, indexed from 0, that share nothing with the backbone."""
 
-    def __init__(self, decoder: nn.Module, first: int, count: int):
+    def __init__(self, decoder: PreTrainedModel, first: int, count: int):
         super().__init__()
         layer_class = _layer_class(decoder)
         self.layers = nn.ModuleList([layer_class(decoder.config, first + index) for index in range(count)])
 
-    def run(self, hidden_states: Tensor, mask, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def run(self, hidden_states: Tensor, mask: Mask, position_embeddings: Rotary) -> Tensor:
         """(B, n, D) → (B, n, D), causal, without a cache."""
         return run_layers(self, hidden_states, 0, len(self.layers), mask=mask, position_embeddings=position_embeddings)
 
@@ -40,11 +44,11 @@ class BranchLayers(nn.Module):
 class GateBranch(BranchLayers):
     """T decoder layers and a linear head on the last prompt token (paper III-B, eq. 3)."""
 
-    def __init__(self, decoder: nn.Module, first: int, depth: int):
+    def __init__(self, decoder: PreTrainedModel, first: int, depth: int):
         super().__init__(decoder, first, depth)
         self.head = nn.Linear(decoder.config.hidden_size, 1)
 
-    def forward(self, hidden_states: Tensor, mask, position_embeddings, query_columns: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Mask, position_embeddings: Rotary, query_columns: Tensor) -> Tensor:
         """Logit that the coarse view is not enough.
 
         Args:
@@ -63,9 +67,9 @@ class GateBranch(BranchLayers):
 class RegionScorer(nn.Module):
     """What the region branch keeps of its last layer: input norm, query and key projections (and their norms)."""
 
-    def __init__(self, decoder: nn.Module, layer_index: int, rotary: bool):
+    def __init__(self, decoder: PreTrainedModel, layer_index: int, rotary: bool):
         super().__init__()
-        layer = _layer_class(decoder)(decoder.config, layer_index)
+        layer: Any = _layer_class(decoder)(decoder.config, layer_index)
         attention = layer.self_attn
         self.input_layernorm = layer.input_layernorm
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
@@ -73,16 +77,24 @@ class RegionScorer(nn.Module):
         self.head_dim = attention.head_dim
         self.rotary = rotary
 
-    def _project(self, hidden_states: Tensor, columns: Tensor, position_embeddings, projection, norm) -> Tensor:
+    def _project(
+        self,
+        hidden_states: Tensor,
+        columns: Tensor,
+        position_embeddings: Rotary,
+        projection: nn.Module,
+        norm: nn.Module | None,
+    ) -> Tensor:
         states = self.input_layernorm(_gather(hidden_states, columns)).to(projection.weight.dtype)
         states = projection(states).unflatten(-1, (-1, self.head_dim))  # (B, m, heads, head_dim)
         states = states if norm is None else norm(states)
         if self.rotary:
-            states = _rotate(states, tuple(_gather(part, columns) for part in position_embeddings))
+            cos, sin = position_embeddings
+            states = _rotate(states, (_gather(cos, columns), _gather(sin, columns)))
         return states.float()
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings, query_columns: Tensor, key_columns: Tensor
+        self, hidden_states: Tensor, position_embeddings: Rotary, query_columns: Tensor, key_columns: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scaled dot products, averaged over heads (paper III-C, eq. 4 and 5).
 
@@ -107,14 +119,19 @@ class RegionScorer(nn.Module):
 class RegionBranch(BranchLayers):
     """T - 1 decoder layers and the scorer (SD-RPN)."""
 
-    def __init__(self, decoder: nn.Module, first: int, depth: int, spec: BackboneSpec):
+    def __init__(self, decoder: PreTrainedModel, first: int, depth: int, spec: BackboneSpec):
         super().__init__(decoder, first, depth - 1)
         norm_class, epsilon = type(decoder.norm), decoder.norm.variance_epsilon
         self.norm = norm_class(decoder.config.hidden_size, eps=epsilon) if spec.region_norm else None
         self.scorer = RegionScorer(decoder, first + depth - 1, spec.region_rotary)
 
     def forward(
-        self, hidden_states: Tensor, mask, position_embeddings, query_columns: Tensor, key_columns: Tensor
+        self,
+        hidden_states: Tensor,
+        mask: Mask,
+        position_embeddings: Rotary,
+        query_columns: Tensor,
+        key_columns: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Region logits of visual tokens.
 
@@ -136,7 +153,7 @@ class RegionBranch(BranchLayers):
 class ZoomBranches(nn.Module):
     """Both branches of a model; `gate` is None in a checkpoint without one."""
 
-    def __init__(self, config, decoder: nn.Module, spec: BackboneSpec):
+    def __init__(self, config: QZoomConfig, decoder: PreTrainedModel, spec: BackboneSpec):
         super().__init__()
         first, depth = config.branch_layer, config.branch_depth
         self.gate = GateBranch(decoder, first, depth) if config.has_gate else None

@@ -1,5 +1,7 @@
 """Configuration of a Q-Zoom model: any supported vision-language model (VLM) plus the zoom options."""
 
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -52,7 +54,7 @@ class QZoomConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vlm_config=None,
+        vlm_config: dict[str, Any] | PreTrainedConfig | None = None,
         branch_layer: int = 18,
         branch_depth: int = 3,
         has_gate: bool = True,
@@ -64,16 +66,16 @@ class QZoomConfig(PreTrainedConfig):
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
         effort: str | None = None,
-        presets: dict | None = None,
+        presets: dict[str, dict[str, Any]] | None = None,
         min_tokens: int | None = None,
         max_tokens: int | None = None,
-        image_mean: list | None = None,
-        image_std: list | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         lora_subfolder: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if vlm_config is None:
             vlm_config = {"model_type": "qwen2_5_vl"}
         if isinstance(vlm_config, dict):
@@ -81,7 +83,7 @@ class QZoomConfig(PreTrainedConfig):
             model_type = vlm_config.pop("model_type", "qwen2_5_vl")
             spec_for_model_type(model_type)  # its error is the clearer one
             vlm_config = AutoConfig.for_model(model_type, **vlm_config)
-        self.vlm_config = vlm_config
+        self.vlm_config: PreTrainedConfig = vlm_config
         self.branch_layer = branch_layer
         self.branch_depth = branch_depth
         self.has_gate = has_gate
@@ -132,7 +134,7 @@ class QZoomConfig(PreTrainedConfig):
         self.presets = check_presets(self.presets, options, mrope=spec.mrope)
         find_preset(self.effort, self.presets)
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The decoder's configuration, which caches, `generate` and trainers ask for."""
         return self.vlm_config.get_text_config(*args, **kwargs)
 
@@ -145,5 +147,5 @@ class QZoomConfig(PreTrainedConfig):
         return getattr(self.vlm_config, "video_token_id", None)
 
     @property
-    def vision_config(self):
+    def vision_config(self) -> PreTrainedConfig:
         return self.vlm_config.vision_config

@@ -121,7 +121,9 @@ def crop_region(source: Tensor, box: Box, recipe: CropRecipe) -> tuple[Tensor, t
 
 def crop_token_grid(grid: tuple[int, int, int] | None, recipe: CropRecipe) -> tuple[int, int]:
     """(height, width) of a crop in merged tokens."""
-    if grid is None:
+    if recipe.square is not None:
         side = recipe.square // (recipe.patch * recipe.merge)
         return side, side
+    if grid is None:
+        raise ValueError("a crop in its native aspect ratio comes with its grid.")
     return grid[1] // recipe.merge, grid[2] // recipe.merge

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import spec_for_config
+from .configuration_qzoom import QZoomConfig
 from .crops_qzoom import CropError, crop_region, crop_token_grid
 from .fusion_qzoom import ImageSpan
-from .layers_qzoom import DeepStack, causal_mask
-from .regions_qzoom import Box, box_to_pixels, foreground_box, region_heatmap
+from .layers_qzoom import DeepStack, Mask, Rotary, causal_mask
+from .regions_qzoom import Rectangle, box_to_pixels, foreground_box, region_heatmap
 from .reports_qzoom import ZoomReport
 from .requests_qzoom import ZoomRequest, crop_recipe
 
@@ -31,8 +33,8 @@ class CoarseView:
     input_ids: Tensor
     valid: Tensor
     positions: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
-    mask: object
+    position_embeddings: Rotary
+    mask: Mask
     embeds: Tensor
     deepstack: DeepStack | None
     hidden: Tensor
@@ -47,20 +49,21 @@ class Crop:
 
     row: int
     span: ImageSpan
-    cells: Box
+    cells: Rectangle
     pixel_values: Tensor
     grid: tuple[int, int, int] | None
     token_grid: tuple[int, int]
 
 
-def branch_inputs(decoder, view: CoarseView, rows: list[int]) -> tuple[Tensor, object, tuple[Tensor, Tensor]]:
+def branch_inputs(decoder: PreTrainedModel, view: CoarseView, rows: list[int]) -> tuple[Tensor, Mask, Rotary]:
     """Hidden states, mask and rotary embeddings of some rows, for a branch."""
     if rows == list(range(len(view.hidden))):
         return view.hidden, view.mask, view.position_embeddings
     index = torch.tensor(rows, device=view.hidden.device)
     hidden = view.hidden[index]
     mask = causal_mask(decoder, hidden, view.valid[index.to(view.valid.device)], None)
-    return hidden, mask, tuple(part[index.to(part.device)] for part in view.position_embeddings)
+    cos, sin = view.position_embeddings
+    return hidden, mask, (cos[index.to(cos.device)], sin[index.to(sin.device)])
 
 
 def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
@@ -73,7 +76,9 @@ def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
     return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
 
 
-def gate_logits(model, view: CoarseView, rows: list[int], query_columns: Tensor | None = None) -> Tensor:
+def gate_logits(
+    model: PreTrainedModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None
+) -> Tensor:
     """(rows,) logits of the gate.
 
     Args:
@@ -93,7 +98,11 @@ class RegionMaps:
 
 
 def region_maps(
-    model, view: CoarseView, rows: list[int], spans: list[list[ImageSpan]], query_columns: Tensor | None = None
+    model: PreTrainedModel,
+    view: CoarseView,
+    rows: list[int],
+    spans: list[list[ImageSpan]],
+    query_columns: Tensor | None = None,
 ) -> list[RegionMaps]:
     """Region logits of every image of some rows.
 
@@ -125,14 +134,14 @@ def region_maps(
     return maps
 
 
-def _visual_tokens(config, input_ids: Tensor) -> tuple[list[int], list[bool]]:
+def _visual_tokens(config: QZoomConfig, input_ids: Tensor) -> tuple[list[int], list[bool]]:
     """Per row: number of visual tokens, and whether some belong to a video."""
     images = (input_ids == config.image_token_id).sum(1)
     videos = (input_ids == config.video_token_id).sum(1) if config.video_token_id is not None else 0 * images
     return (images + videos).tolist(), (videos > 0).tolist()
 
 
-def plain_reports(config, input_ids: Tensor, reason: str) -> list[ZoomReport]:
+def plain_reports(config: QZoomConfig, input_ids: Tensor, reason: str) -> list[ZoomReport]:
     """Reports of rows that nobody considers zooming: `reason`, or what else rules them out."""
     has_images = (input_ids == config.image_token_id).any(1).tolist()
     reports = []
@@ -143,7 +152,7 @@ def plain_reports(config, input_ids: Tensor, reason: str) -> list[ZoomReport]:
 
 
 def decide(
-    model, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
 ) -> tuple[list[ZoomReport], list[Crop]]:
     """Steps 2 and 4 to 5: gate, region, crop.
 
@@ -176,7 +185,9 @@ def decide(
     return reports, crops
 
 
-def _crop_row(model, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device) -> Crop | None:
+def _crop_row(
+    model: PreTrainedModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
+) -> Crop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
     spec, options = spec_for_config(model.config.vlm_config), request.options
     heatmaps = [
@@ -192,7 +203,8 @@ def _crop_row(model, request: ZoomRequest, row: int, maps: RegionMaps, report: Z
     if cells is None:
         report.reason = "empty_map"
         return None
-    box = box_to_pixels(cells, span.grid, tuple(source.shape[1:]), spec.min_box_side, grid_box)
+    height, width = source.shape[1:]
+    box = box_to_pixels(cells, span.grid, (height, width), spec.min_box_side, grid_box)
     if box is None:
         report.reason = "crop_failed"
         return None

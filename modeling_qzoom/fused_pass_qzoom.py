@@ -4,23 +4,25 @@ reused below layer K, only crop and suffix are computed there, and layers K … 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import VisualFeatures, encode_images, spec_for_config
+from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import CoarseView, Crop
 from .fusion_qzoom import FusedRow, fuse_row, length_mask, pad_left, stack_positions
 from .layers_qzoom import DeepStack, causal_mask, layer_states, rotary, run_layers, set_layer_states
 from .requests_qzoom import ZoomRequest
 
 
-def marker_ids(config) -> tuple[int, int] | None:
+def marker_ids(config: QZoomConfig) -> tuple[int, int] | None:
     """Ids of the tokens before and after an image, where the family has them."""
     spec = spec_for_config(config.vlm_config)
-    if spec.image_start_token is None:
+    if spec.image_start_token is None or spec.image_end_token is None:
         return None
     return getattr(config.vlm_config, spec.image_start_token), getattr(config.vlm_config, spec.image_end_token)
 
 
-def encode_crops(vlm, crops: list[Crop], device) -> VisualFeatures:
+def encode_crops(vlm: PreTrainedModel, crops: list[Crop], device: torch.device) -> VisualFeatures:
     """One pass of the vision tower over all crops."""
     pixel_values = torch.cat([crop.pixel_values for crop in crops]).to(device)
     has_grid = crops[0].grid is not None
@@ -28,7 +30,7 @@ def encode_crops(vlm, crops: list[Crop], device) -> VisualFeatures:
     return encode_images(vlm, pixel_values, grids)
 
 
-def plan_rows(model, request: ZoomRequest, view: CoarseView, crops: list[Crop]) -> list[FusedRow]:
+def plan_rows(model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[Crop]) -> list[FusedRow]:
     """The fused sequence of every zooming row."""
     spec = spec_for_config(model.config.vlm_config)
     alignment = request.options.position_alignment or ("continuous" if spec.mrope else "sequential")
@@ -49,7 +51,7 @@ def plan_rows(model, request: ZoomRequest, view: CoarseView, crops: list[Crop]) 
     ]
 
 
-def _inserted_embeds(model, row: FusedRow, crop_embeds: Tensor, like: Tensor) -> Tensor:
+def _inserted_embeds(model: PreTrainedModel, row: FusedRow, crop_embeds: Tensor, like: Tensor) -> Tensor:
     """(block, D): the crop's tokens between their markers."""
     crop_embeds = crop_embeds.to(like.device, like.dtype)
     if not row.has_markers:
@@ -59,7 +61,9 @@ def _inserted_embeds(model, row: FusedRow, crop_embeds: Tensor, like: Tensor) ->
     return torch.cat([before[None], crop_embeds, after[None]])
 
 
-def fused_embeds(model, view: CoarseView, row: FusedRow, crop_embeds: Tensor, *, full: bool) -> Tensor:
+def fused_embeds(
+    model: PreTrainedModel, view: CoarseView, row: FusedRow, crop_embeds: Tensor, *, full: bool
+) -> Tensor:
     """(n, D) inputs of layer 0 for the inserted block and the suffix; `full` puts the prefix in front."""
     inserted = _inserted_embeds(model, row, crop_embeds, view.embeds)
     prefix = [view.embeds[row.row, row.prefix]] if full else []
@@ -106,7 +110,7 @@ def _gather_columns(states: Tensor, columns: Tensor) -> Tensor:
 
 
 def fused_prefill(
-    model, request: ZoomRequest, view: CoarseView, crops: list[Crop], cache: DynamicCache
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[Crop], cache: DynamicCache
 ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
     """Steps 6 and 7.
 

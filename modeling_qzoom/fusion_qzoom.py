@@ -39,7 +39,8 @@ def image_spans(input_ids: Tensor, image_token_id: int, grids: list[tuple[int, i
     index = 0
     for row, ids in enumerate((input_ids == image_token_id).cpu()):
         columns = ids.nonzero()[:, 0].tolist()
-        spans, used = [], 0
+        spans: list[ImageSpan] = []
+        used = 0
         while used < len(columns):
             place = f"row {row}, image {len(spans)}"
             if index == len(grids):
@@ -162,8 +163,8 @@ def fuse_row(
     crop = crop_grid[0] * crop_grid[1]
     positions = positions.float()
     if positions.ndim == 1:
-        start = positions[prefix[-1]] + 1
-        inserted = start + torch.arange(crop, dtype=torch.float32, device=positions.device)
+        after_prefix = positions[prefix[-1]] + 1
+        inserted = after_prefix + torch.arange(crop, dtype=torch.float32, device=positions.device)
         fused = torch.cat([positions[prefix], inserted, positions[suffix] + crop])
         return FusedRow(row, prefix, suffix, crop, crop, fused)
     start = float(positions[:, span.end - 1].max()) + 1 if end == span.end else float(positions[0, end - 1]) + 1
@@ -188,7 +189,7 @@ def pad_left(rows: list[Tensor], length: int, dim: int = 0) -> Tensor:
     return torch.stack(padded)
 
 
-def length_mask(lengths: list[int], length: int, device) -> Tensor:
+def length_mask(lengths: list[int], length: int, device: torch.device) -> Tensor:
     """(B, length) long: ones at the right end, as many as a row is long."""
     columns = torch.arange(length, device=device)
     return (columns >= length - torch.tensor(lengths, device=device)[:, None]).long()

@@ -6,11 +6,12 @@ lengths) is untouched, because only mask, positions and cache grow by the crop.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbones_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions, spec_for_config
@@ -55,9 +56,9 @@ class PrefillPart:
     mask: Tensor
 
 
-def select_rows(tensor: Tensor | None, rows: Sequence[int], dim: int = 0) -> Tensor | None:
+def select_rows(tensor: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
     """`tensor` at `rows` along `dim`; itself when the rows are all of them."""
-    if tensor is None or list(rows) == list(range(tensor.shape[dim])):
+    if list(rows) == list(range(tensor.shape[dim])):
         return tensor
     return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
 
@@ -69,7 +70,7 @@ def _batch_dim(positions: Tensor) -> int:
 class QZoomGenerationMixin(GenerationMixin):
     """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         # the VLM's own method keeps rope_deltas on the module, where a second thread would read them; ours travel with
         # the cache that they belong to
         text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
@@ -90,7 +91,9 @@ class QZoomGenerationMixin(GenerationMixin):
         vision = {name: model_kwargs[name] for name in POSITION_INPUTS if model_kwargs.get(name) is not None}
         return prompt_positions(self.vlm, spec, input_ids, mask, **vision)
 
-    def _forward_positions(self, input_ids, attention_mask, cache, vision) -> tuple[Tensor | None, Tensor | None]:
+    def _forward_positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, vision: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Positions of a plain forward pass where the VLM would read or leave an offset on itself, and that offset."""
         spec = spec_for_config(self.config.vlm_config)
         cached = 0 if cache is None else cache.get_seq_length()
@@ -109,7 +112,13 @@ class QZoomGenerationMixin(GenerationMixin):
         positions = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
         return positions, positions[1:].amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
         if request is not None:
             request.expand_size = expand_size
@@ -120,14 +129,16 @@ class QZoomGenerationMixin(GenerationMixin):
             }
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _validate_model_kwargs(self, model_kwargs):
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         self.vlm._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != REQUEST})
 
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         kwargs.pop(REQUEST, None)
         return self.vlm.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
-    def generate_batch(self, inputs, *args, **kwargs):
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Continuous batching of transformers, for text only.
 
         Raises:
@@ -136,7 +147,14 @@ class QZoomGenerationMixin(GenerationMixin):
         refuse_batched_images(inputs, self.config.image_token_id)
         return super().generate_batch(inputs, *args, **kwargs)
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
         request: ZoomRequest | None = model_kwargs.get(REQUEST)
         cache = model_kwargs.get(CACHE)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -144,7 +162,7 @@ class QZoomGenerationMixin(GenerationMixin):
             setattr(cache, POSITION_OFFSET, positions[1, :, -1:] - positions[0, :, -1:])
         if request is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        self._check_cache(cache)
+        cache, positions = self._plain_cache(cache), model_kwargs["position_ids"]
         repeat = request.expand_size
         check_padding(mask)  # generate may have inferred it from pad tokens
         batch_dim = _batch_dim(positions)
@@ -152,7 +170,7 @@ class QZoomGenerationMixin(GenerationMixin):
         outputs, merged = self._zoom_prefill(
             request,
             select_rows(input_ids, distinct),
-            select_rows(mask, distinct),
+            None if mask is None else select_rows(mask, distinct),
             select_rows(positions, distinct, batch_dim),
             cache,
         )
@@ -168,7 +186,7 @@ class QZoomGenerationMixin(GenerationMixin):
         return outputs
 
     @staticmethod
-    def _check_cache(cache: Cache | None) -> None:
+    def _plain_cache(cache: Cache | None) -> DynamicCache:
         if cache is None or not is_dynamic(cache):
             kind = "no cache" if cache is None else type(cache).__name__
             kind = f"an offloaded {kind}" if getattr(cache, "offloading", False) else kind
@@ -177,6 +195,7 @@ class QZoomGenerationMixin(GenerationMixin):
                 f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
                 "zoom='never'."
             )
+        return cache
 
     def _zoom_prefill(
         self,
@@ -203,7 +222,7 @@ class QZoomGenerationMixin(GenerationMixin):
         position_embeddings = rotary(decoder, embeds, positions)
         mask = causal_mask(decoder, embeds, attention_mask, cache)
         layer_k, last_layer = self.config.branch_layer, len(decoder.layers)
-        passing = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}
+        passing: dict[str, Any] = {"position_embeddings": position_embeddings, "cache": cache, "deepstack": deepstack}
         hidden = run_layers(decoder, embeds, 0, layer_k, mask=mask, **passing)
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         view = CoarseView(input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, hidden)
@@ -231,13 +250,14 @@ class QZoomGenerationMixin(GenerationMixin):
             set_layer_states(part_cache, layer, keys, values)
         hidden = select_rows(view.hidden, rows)[:, -length:]
         positions = select_rows(view.positions, rows, _batch_dim(view.positions))[..., -length:]
+        cos, sin = (select_rows(part, rows)[:, -length:] for part in view.position_embeddings)
         hidden = run_layers(
             decoder,
             hidden,
             layer_k,
             len(decoder.layers),
             mask=causal_mask(decoder, hidden, valid, None),
-            position_embeddings=tuple(select_rows(part, rows)[:, -length:] for part in view.position_embeddings),
+            position_embeddings=(cos, sin),
             cache=part_cache,
             deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
         )

@@ -5,11 +5,13 @@ device placement, offloading and gradient checkpointing work as usual.
 """
 
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import VisualFeatures
 
@@ -17,6 +19,11 @@ from .backbones_qzoom import VisualFeatures
 # What transformers calls the cache: as an argument, in the keyword arguments of generate, in outputs. 5.24 renamed it,
 # and the old name warns there.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+# what an attention implementation takes as its mask: a tensor, FlexAttention's block mask, or None
+Mask = Any
+# cos and sin, each (B, n, head_dim)
+Rotary = tuple[Tensor, Tensor]
 
 
 class DeepStack:
@@ -49,7 +56,7 @@ class DeepStack:
         return hidden_states
 
 
-def check_decoder(decoder: nn.Module) -> None:
+def check_decoder(decoder: PreTrainedModel) -> None:
     """Raises:
     ValueError: the decoder has sliding-window layers, whose caches cannot hold two views of one image.
     """
@@ -58,7 +65,9 @@ def check_decoder(decoder: nn.Module) -> None:
         raise ValueError(f"Q-Zoom needs full attention in every decoder layer; this backbone has {sorted(kinds)}.")
 
 
-def causal_mask(decoder: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None):
+def causal_mask(
+    decoder: PreTrainedModel, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None
+) -> Mask:
     """The mask in the form that the decoder's attention implementation wants.
 
     Args:
@@ -70,7 +79,7 @@ def causal_mask(decoder: nn.Module, hidden_states: Tensor, attention_mask: Tenso
     return create_causal_mask(decoder.config, hidden_states, attention_mask, **{CACHE: cache})
 
 
-def rotary(decoder: nn.Module, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(decoder: PreTrainedModel, hidden_states: Tensor, positions: Tensor) -> Rotary:
     """cos and sin, each (B, n, head_dim), of (3, B, n) or (B, n) positions, fractional ones included."""
     return decoder.rotary_emb(hidden_states, positions.to(hidden_states.device))
 
@@ -81,8 +90,8 @@ def run_layers(
     first: int,
     last: int,
     *,
-    mask,
-    position_embeddings: tuple[Tensor, Tensor],
+    mask: Mask,
+    position_embeddings: Rotary,
     cache: Cache | None = None,
     deepstack: DeepStack | None = None,
 ) -> Tensor:
@@ -97,8 +106,9 @@ def run_layers(
     Returns:
         (B, n, D), what layer `last` would receive.
     """
+    layers = cast(nn.ModuleList, decoder.layers)
     for index in range(first, last):
-        hidden_states = decoder.layers[index](
+        hidden_states = layers[index](
             hidden_states,
             attention_mask=mask,
             position_embeddings=position_embeddings,
@@ -112,7 +122,7 @@ def run_layers(
 
 
 def embed_prompt(
-    vlm: nn.Module, input_ids: Tensor, images: VisualFeatures | None, videos: VisualFeatures | None
+    vlm: PreTrainedModel, input_ids: Tensor, images: VisualFeatures | None, videos: VisualFeatures | None
 ) -> tuple[Tensor, DeepStack | None]:
     """Token embeddings with the visual ones in place.
 
@@ -128,7 +138,7 @@ def embed_prompt(
     for features, token_id in ((images, config.image_token_id), (videos, getattr(config, "video_token_id", None))):
         if features is None:
             continue
-        mask = input_ids == token_id  # (B, N)
+        mask = torch.eq(input_ids, cast(int, token_id))  # (B, N)
         flat = torch.cat(features.embeds).to(embeds.device, embeds.dtype)  # (n, D)
         if int(mask.sum()) != len(flat):
             raise ValueError(f"the prompt has {int(mask.sum())} visual tokens, the encoder returned {len(flat)}.")
@@ -139,10 +149,10 @@ def embed_prompt(
     visual = torch.stack([mask for mask, _ in parts]).any(0)  # (B, N)
     levels = []
     for level in range(len(parts[0][1].deepstack)):
-        joint = None
+        first = parts[0][1].deepstack[level][0]  # (n, D)
+        joint = first.new_zeros(int(visual.sum()), first.shape[-1])
         for mask, features in parts:
             flat = torch.cat(features.deepstack[level])
-            joint = flat.new_zeros(int(visual.sum()), flat.shape[-1]) if joint is None else joint
             joint[mask[visual].to(joint.device)] = flat.to(joint.device)
         levels.append(joint)
     return embeds, DeepStack(levels, visual)

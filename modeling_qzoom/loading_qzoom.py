@@ -5,7 +5,7 @@ import difflib
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ from .quantization_qzoom import (
 )
 
 
+# at runtime the methods below reach transformers' through the class that they are mixed into
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as _Base
+else:
+    _Base = object
+Model = TypeVar("Model", bound="QZoomLoadingMixin")
+
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 _HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies", "force_download")
 
@@ -45,14 +52,14 @@ def _hub_keywords(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: kwargs[key] for key in (*_HUB_KEYWORDS, *more) if kwargs.get(key) is not None}
 
 
-def _attention_by_part(config) -> dict[str, Any]:
+def _attention_by_part(config: PreTrainedConfig) -> dict[str, Any]:
     """A configuration's attention implementations in the form that `attn_implementation=` takes."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     nested = {name: _attention_by_part(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
     return {"": config._attn_implementation, **nested}
 
 
-def image_statistics(name: str, **hub) -> dict[str, list[float]]:
+def image_statistics(name: str, **hub: Any) -> dict[str, list[float]]:
     """`image_mean` and `image_std` of a repository's image processor, so that crops are normalised as its images are.
 
     Args:
@@ -83,7 +90,7 @@ def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[name].to(tensor.device, tensor.dtype))
 
 
-def copy_branches_from_decoder(branches: ZoomBranches, decoder: nn.Module, first: int, depth: int) -> None:
+def copy_branches_from_decoder(branches: ZoomBranches, decoder: PreTrainedModel, first: int, depth: int) -> None:
     """Initialises both branches from decoder layers [first, first + depth) (paper III-B and III-C)."""
     for index in range(depth):
         state = dense_state(decoder.layers[first + index])
@@ -131,20 +138,23 @@ def check_vlm_complete(name: str, info: dict[str, Any]) -> None:
         raise ValueError(f"{name} lacks {len(lost)} weights of the VLM, e.g. {lost[0]}; they would be random.")
 
 
-class QZoomLoadingMixin:
+class QZoomLoadingMixin(_Base):
     """`from_backbone`, strict `from_pretrained`, `save_pretrained`, `save_addon` and `merge_lora`."""
+
+    vlm: PreTrainedModel
+    zoom: ZoomBranches
 
     @classmethod
     def from_backbone(
-        cls,
-        vlm: str | os.PathLike | PreTrainedModel,
+        cls: type[Model],
+        vlm: str | os.PathLike[str] | PreTrainedModel,
         *,
         branch_layer: int,
         branch_depth: int = 3,
         has_gate: bool = True,
         zoom_config: dict[str, Any] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Model:
         """Attaches fresh branches to a plain VLM; they are copies of its decoder layers K … K+T-1.
 
         Args:
@@ -165,7 +175,7 @@ class QZoomLoadingMixin:
             ValueError: unsupported VLM, layers beyond its last one, an unknown field in `zoom_config`, or a loaded
                 model with LoRA adapters.
         """
-        fields = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
+        fields: dict[str, Any] = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
         fields |= zoom_config or {}
         check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
@@ -188,7 +198,7 @@ class QZoomLoadingMixin:
         return cls._around(plain, fields)
 
     @classmethod
-    def _around(cls, vlm: PreTrainedModel, fields: dict[str, Any]):
+    def _around(cls: type[Model], vlm: PreTrainedModel, fields: dict[str, Any]) -> Model:
         if has_unmerged_lora(vlm):
             raise ValueError(
                 "the VLM carries LoRA adapters, which the branches cannot copy; merge them first (merge_and_unload of "
@@ -217,19 +227,22 @@ class QZoomLoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
         output_loading_info: bool = False,
-        base_model_name_or_path: str | os.PathLike | None = None,
-        **kwargs,
-    ):
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Loads a full checkpoint, or an add-on together with the base model that it names.
 
         Args:
             pretrained_model_name_or_path, args, kwargs: as for any model of transformers.
             output_loading_info: also return transformers' report of the load.
             base_model_name_or_path: where an add-on's base model is now.
+
+        Returns:
+            The model, in evaluation mode; with `output_loading_info` a pair of it and the report.
 
         Raises:
             ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, or an add-on's base
@@ -258,11 +271,20 @@ class QZoomLoadingMixin:
         check_loading_info(str(name), info)
         keep_output_embedding_dense(model)
         if model.config.lora_subfolder is not None:
+            if name is None:
+                raise ValueError("this add-on has a LoRA adapter, which is read from its folder; pass its name.")
             load_lora(model, name, kwargs.get("subfolder", ""), **_hub_keywords(kwargs))
         return (model, info) if output_loading_info else model
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Adds the base model's files to those of an add-on, so that one pass loads both."""
         if state_dict is None and checkpoint_files and holds_only_branches(checkpoint_files):
             checkpoint_files, load_config = with_base_files(model, checkpoint_files, load_config)
@@ -281,7 +303,7 @@ class QZoomLoadingMixin:
         if self.generation_config is not None:
             self.generation_config._from_model_config = False
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves a full checkpoint: VLM, branches, configuration and code; arguments as for any model of transformers.
 
         Raises:
@@ -302,9 +324,9 @@ class QZoomLoadingMixin:
 
     def save_addon(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         *,
-        base_model_name_or_path: str | os.PathLike | None = None,
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
         base_model_revision: str | None = None,
     ) -> None:
         """Saves what this model adds to its base: branches, unmerged LoRA adapter, configuration and code.
@@ -353,5 +375,5 @@ class QZoomLoadingMixin:
             elif isinstance(module, ModulesToSaveWrapper):
                 self.set_submodule(name, next(iter(module.modules_to_save.values())))
         for owner in (self, self.vlm):
-            vars(owner).pop("peft_config", None)
+            owner.__dict__.pop("peft_config", None)
             owner._hf_peft_config_loaded = False

@@ -1,10 +1,13 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -42,7 +45,7 @@ class QZoomOutput(CausalLMOutputWithPast):
 
     region_loss: torch.FloatTensor | None = None
     gate_loss: torch.FloatTensor | None = None
-    region_logits: list | None = None
+    region_logits: list[list[torch.FloatTensor]] | None = None
     gate_logits: torch.FloatTensor | None = None
 
 
@@ -65,7 +68,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
 class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
-    def __init__(self, config: QZoomConfig):
+    def __init__(self, config: QZoomConfig) -> None:
         super().__init__(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         decoder = self.vlm.get_decoder()
@@ -75,31 +78,31 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
 
     # `base_model_prefix` drives loading; generate and trainers want the headless model
     @property
-    def base_model(self):
+    def base_model(self) -> nn.Module:
         return self.vlm.base_model
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.vlm.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_output_embeddings(value)
 
-    def get_decoder(self):
+    def get_decoder(self) -> PreTrainedModel:
         return self.vlm.get_decoder()
 
-    def get_image_features(self, *args, **kwargs):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.vlm.get_image_features(*args, **kwargs)
 
-    def _supports_logits_to_keep(self):
+    def _supports_logits_to_keep(self) -> bool:
         return self.vlm._supports_logits_to_keep()
 
-    def _supports_mm_encoder_outputs(self):
+    def _supports_mm_encoder_outputs(self) -> bool:
         return self.vlm._supports_mm_encoder_outputs()
 
     @can_return_tuple
@@ -108,7 +111,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -118,16 +121,16 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
-        region_targets=None,
+        region_targets: Any = None,
         gate_targets: torch.Tensor | None = None,
         query_positions: torch.LongTensor | None = None,
-        source_images=None,
-        source_boxes=None,
-        zoom_boxes=None,
-        cache=None,
-        **kwargs,
+        source_images: Any = None,
+        source_boxes: Any = None,
+        zoom_boxes: Sequence[Any] | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> QZoomOutput:
         """One pass: plain, over a branch, or over the fused sequence.
 
@@ -174,15 +177,13 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                     "labels and branch targets belong to different training stages; pass either labels, or "
                     "region_targets and gate_targets."
                 )
-            check_training_call(position_ids, cache, inputs_embeds, kwargs)
-            result = branch_pass(
-                self, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions
-            )
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, kwargs)
+            result = branch_pass(self, ids, attention_mask, vision, region_targets, gate_targets, query_positions)
             return QZoomOutput(**result)
         if labels is not None and (source_images is not None or zoom_boxes is not None):
-            check_training_call(position_ids, cache, inputs_embeds, kwargs)
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, kwargs)
             loss, logits = fused_language_pass(
-                self, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
+                self, ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
             )
             return QZoomOutput(loss=loss, logits=logits)
         offset = None
@@ -210,9 +211,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *args,
-        source_images=None,
-        source_boxes=None,
+        *args: Any,
+        source_images: Any = None,
+        source_boxes: Any = None,
         zoom: str | None = None,
         effort: str | None = None,
         gate_threshold: float | None = None,
@@ -222,8 +223,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
         return_zoom_reports: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
 
         Every option left out is taken from `generation_config`, then from the model's config.
@@ -284,9 +285,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             refuse_hidden_images(kwargs, source_images)
         if options.zoom != "never":
             check_padding(kwargs.get("attention_mask"))
-        has_images = input_ids is not None and bool((input_ids == self.config.image_token_id).any())
         request = None
-        if has_images and options.zoom != "never":
+        if input_ids is not None and (input_ids == self.config.image_token_id).any() and options.zoom != "never":
             refuse_unsupported(args, configs, kwargs)
             if kwargs.get("pixel_values") is None and kwargs.get("mm_encoder_outputs") is None:
                 raise ValueError(

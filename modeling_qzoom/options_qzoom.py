@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+from transformers import GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+
 
 ZOOM_MODES = ("auto", "always", "never")
 THRESHOLD_MODES = ("absolute", "peak")
@@ -136,7 +139,9 @@ def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> Non
         resolved[weak] = resolved[strong]
 
 
-def resolve_options(call: dict[str, Any], generation_configs: Sequence, config, *, mrope: bool) -> ZoomOptions:
+def resolve_options(
+    call: dict[str, Any], generation_configs: Sequence[GenerationConfig], config: PreTrainedConfig, *, mrope: bool
+) -> ZoomOptions:
     """Call > generation configs > model config.
 
     In the call and in a generation config, an explicit option wins over the `effort` preset beside it. The model

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig
 from transformers.models.auto.video_processing_auto import (
     VIDEO_PROCESSOR_MAPPING_NAMES,
@@ -43,7 +44,9 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
         return processor_class
 
     # transformers reads the sub-processors off this signature
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(
+        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
+    ) -> None:
         processor_class.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     return type(processor_class.__name__, (processor_class,), {"__init__": __init__})
@@ -55,7 +58,7 @@ def _extra_arguments(processor_class: type[ProcessorMixin]) -> list[str]:
     return [name for name in inspect.signature(processor_class.__init__).parameters if name not in common]
 
 
-def _saved_video_config(name: str | os.PathLike, **kwargs) -> dict[str, Any] | None:
+def _saved_video_config(name: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any] | None:
     """The video settings that older repositories keep in a file of their own."""
     if os.path.isfile(name):
         return None
@@ -98,8 +101,8 @@ class QZoomProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
         chat_template: str | dict[str, str] | None = None,
         backbone_model_type: str = "qwen2_5_vl",
         backbone_processor_kwargs: dict[str, Any] | None = None,
@@ -107,7 +110,7 @@ class QZoomProcessor(ProcessorMixin):
         max_tokens: int | None = None,
         max_source_pixels: int | None = 178_956_970,
         video_config: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None)
         )
@@ -139,7 +142,7 @@ class QZoomProcessor(ProcessorMixin):
         max_tokens: int | None = None,
         *,
         max_source_pixels: int | None = 178_956_970,
-        **kwargs,
+        **kwargs: Any,
     ) -> "QZoomProcessor":
         """Wraps a plain VLM's processor.
 
@@ -176,7 +179,7 @@ class QZoomProcessor(ProcessorMixin):
         )
 
     @classmethod
-    def _from_processor(cls, processor: ProcessorMixin, **own) -> "QZoomProcessor":
+    def _from_processor(cls, processor: ProcessorMixin, **own: Any) -> "QZoomProcessor":
         model_type = cls._model_type_of(type(processor).__name__)
         videos = getattr(processor, "video_processor", None)
         extra = _extra_arguments(getattr(transformers, spec_for_model_type(model_type).processor_class))
@@ -200,7 +203,9 @@ class QZoomProcessor(ProcessorMixin):
         return rows[processor_class]
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The saved settings; a stock video processor's settings beside them become `video_config`."""
         saved, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if saved.get("video_config") is None:
@@ -216,7 +221,7 @@ class QZoomProcessor(ProcessorMixin):
         """The backbone's own processor, without videos."""
         return self._build_backbone_processor()
 
-    def _build_backbone_processor(self, video_processor=None) -> ProcessorMixin:
+    def _build_backbone_processor(self, video_processor: Any = None) -> ProcessorMixin:
         spec = spec_for_model_type(self.backbone_model_type)
         processor_class = getattr(transformers, spec.processor_class)
         if video_processor is None:
@@ -231,7 +236,7 @@ class QZoomProcessor(ProcessorMixin):
             **self.backbone_processor_kwargs,
         )
 
-    def _video_processor_class(self) -> type | None:
+    def _video_processor_class(self) -> Any:
         """None where torchvision is missing or the backbone takes no videos."""
         by_backend = VIDEO_PROCESSOR_MAPPING_NAMES.get(self.backbone_model_type)
         if by_backend is None or not is_torchvision_available():
@@ -239,7 +244,7 @@ class QZoomProcessor(ProcessorMixin):
         saved = (self.video_config or {}).get("video_processor_type")
         return video_processor_class_from_name(saved or by_backend["torchvision"])
 
-    def _build_video_processor(self):
+    def _build_video_processor(self) -> Any:
         video_class = self._video_processor_class()
         if video_class is not None:
             return video_class.from_dict(self.video_config or {})
@@ -283,7 +288,7 @@ class QZoomProcessor(ProcessorMixin):
         *,
         min_tokens: int | None = None,
         max_tokens: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Tokenizes prompts and prepares the coarse view of their images.
 
@@ -326,8 +331,11 @@ class QZoomProcessor(ProcessorMixin):
         if not option(keywords, "text_kwargs", "sanitize_control_tokens", False):
             per_row = match_placeholders(prompts, per_row, len(flat), processor.image_token)
         data_format = option(keywords, "images_kwargs", "input_data_format")
-        limits = {"max_pixels": self.max_source_pixels, "max_aspect_ratio": self._max_aspect_ratio(keywords)}
-        sources = [load_rgb(slot, data_format=data_format, **limits) for slot in place_images(flat, per_row)]
+        ratio = self._max_aspect_ratio(keywords)
+        sources = [
+            load_rgb(slot, self.max_source_pixels, data_format=data_format, max_aspect_ratio=ratio)
+            for slot in place_images(flat, per_row)
+        ]
         encoded = processor(images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size))
         # ragged lists must not be stacked when the output is converted again
         keep = [*(encoded.skip_tensor_conversion or ()), "source_images"]
@@ -344,7 +352,7 @@ class QZoomProcessor(ProcessorMixin):
         is_limited = do_resize and not spec_for_model_type(self.backbone_model_type).square_crop
         return _MAX_ASPECT_RATIO if is_limited else None
 
-    def _source_boxes(self, sources: list, keywords: dict[str, Any]) -> torch.Tensor:
+    def _source_boxes(self, sources: list[Image.Image], keywords: dict[str, Any]) -> torch.Tensor:
         """(num_images, 4) int64: what the fixed token grid covers of each source."""
         names = ("do_pad", "do_resize", "size", "do_center_crop", "crop_size")
         configured = {name: getattr(self.image_processor, name, None) for name in names}
@@ -353,7 +361,7 @@ class QZoomProcessor(ProcessorMixin):
             raise ValueError(f"do_pad of {type(self.image_processor).__name__} is not a padding to a square.")
         return torch.tensor([covered_rectangle(*source.size, settings) for source in sources])
 
-    def apply_chat_template(self, conversation: list, chat_template: str | None = None, **kwargs) -> Any:
+    def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """Renders one chat or a list of chats and, with `tokenize=True, return_dict=True`, processes it in one go.
 
         Takes what every processor of transformers takes; the processor's own keywords (`max_tokens=...`) may stand
@@ -375,7 +383,9 @@ class QZoomProcessor(ProcessorMixin):
             kwargs.setdefault("return_tensors", "pt")
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
-    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, video_sizes: list | None = None, **kwargs):
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Tokens and patches of images of given (height, width), for servers that plan ahead."""
         size = self._coarse_size(None, None)
         if size is not None:
@@ -385,6 +395,6 @@ class QZoomProcessor(ProcessorMixin):
         processor = self._build_backbone_processor(self._build_video_processor())
         return processor._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
 
-    def post_process_image_text_to_text(self, generated_outputs, **kwargs) -> list[str]:
+    def post_process_image_text_to_text(self, generated_outputs: Any, **kwargs: Any) -> list[str]:
         """Decodes generated ids, (B, N) or (N,), as the backbone's processor does."""
         return self.backbone_processor.post_process_image_text_to_text(generated_outputs, **kwargs)

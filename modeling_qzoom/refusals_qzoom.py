@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .layers_qzoom import CACHE
 
@@ -27,23 +28,23 @@ def check_padding(attention_mask: Tensor | None) -> None:
         )
 
 
-def mark_zoomed(cache) -> None:
+def mark_zoomed(cache: Cache) -> None:
     """Notes on a cache that it holds crops, so that no later turn counts its tokens as the prompt's."""
     setattr(cache, _ZOOMED, True)
 
 
-def refuse_zoomed_cache(cache) -> None:
+def refuse_zoomed_cache(cache: Cache | None) -> None:
     """Raises:
     ValueError: the cache holds crops of an earlier turn.
     """
-    if getattr(cache, _ZOOMED, False) and cache.get_seq_length() > 0:
+    if cache is not None and getattr(cache, _ZOOMED, False) and cache.get_seq_length() > 0:
         raise ValueError(
             "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
             "crop goes is decided anew for every question. Pass the whole conversation without a cache."
         )
 
 
-def refuse_hidden_images(kwargs: dict[str, Any], source_images) -> None:
+def refuse_hidden_images(kwargs: dict[str, Any], source_images: Any) -> None:
     """Checks a call that gives embeddings instead of ids.
 
     Raises:
@@ -115,8 +116,8 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
         )
     if named.get("custom_generate") is not None:
         raise ValueError("custom_generate replaces the decoding loop and with it the prefill that zooms. " + _PLAIN)
-    moved = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-    moved = [name for name in moved if setting(name)]
+    elsewhere = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+    moved = [name for name in elsewhere if setting(name)]
     if (setting("num_beam_groups") or 1) > 1:
         moved.append("num_beam_groups")
     if moved:

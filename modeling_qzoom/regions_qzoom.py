@@ -4,6 +4,7 @@ Conventions: maps are (height, width) in merged visual tokens, "cells"; boxes ar
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]
 Rectangle = tuple[float, float, float, float]
+ArtifactRule = Callable[[Tensor, Tensor | None], Tensor]
 
 _CORNER_MIN_CELLS = 256
 _FIRST_TOKEN_LIMIT = 0.75
@@ -36,6 +38,8 @@ def zero_page_corner(probabilities: Tensor, first_token_logits: Tensor | None) -
 
 def zero_first_token_cells(probabilities: Tensor, first_token_logits: Tensor | None) -> Tensor:
     """Qwen3-VL: zeroes the cells whose keys resemble the first token's query, which are attention sinks."""
+    if first_token_logits is None:
+        raise ValueError("this artifact rule needs the logits of the first token's query.")
     return probabilities.masked_fill(first_token_logits.sigmoid() >= _FIRST_TOKEN_LIMIT, 0)
 
 
@@ -54,7 +58,7 @@ def blur(heatmap: Tensor) -> Tensor:
     return F.conv2d(rows, taps.view(1, 1, 1, 3))[0, 0]
 
 
-def region_heatmap(logits: Tensor, first_token_logits: Tensor | None, artifact_rule) -> Tensor:
+def region_heatmap(logits: Tensor, first_token_logits: Tensor | None, artifact_rule: ArtifactRule) -> Tensor:
     """Sigmoid, artifact rule and blur.
 
     Args:
@@ -115,16 +119,15 @@ def box_to_pixels(
     """
     height, width = image_size
     left, top, right, bottom = (0, 0, width, height) if grid_box is None else grid_box
-    x0, y0, x1, y1 = box
     # product before quotient: whole pixels come out whole, and truncation below keeps the last one
     # the padding around a source holds nothing to look at
-    x0, x1 = (min(max(left + x * (right - left) / grid[1], 0.0), float(width)) for x in (x0, x1))
-    y0, y1 = (min(max(top + y * (bottom - top) / grid[0], 0.0), float(height)) for y in (y0, y1))
+    x0, x1 = (min(max(left + x * (right - left) / grid[1], 0.0), float(width)) for x in box[::2])
+    y0, y1 = (min(max(top + y * (bottom - top) / grid[0], 0.0), float(height)) for y in box[1::2])
     if x0 == x1 or y0 == y1:
         return None
-    x0, x1 = _grow_and_slide(x0, x1, width, min_side)
-    y0, y1 = _grow_and_slide(y0, y1, height, min_side)
-    return x0, y0, x1, y1
+    first_x, end_x = _grow_and_slide(x0, x1, width, min_side)
+    first_y, end_y = _grow_and_slide(y0, y1, height, min_side)
+    return first_x, first_y, end_x, end_y
 
 
 def pixels_to_cells(

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbones_qzoom import token_geometry
+from .backbones_qzoom import BackboneSpec, token_geometry
+from .configuration_qzoom import QZoomConfig
 from .crops_qzoom import CropRecipe
 from .fusion_qzoom import ImageSpan
 from .options_qzoom import ZoomOptions
+from .regions_qzoom import Rectangle
 from .reports_qzoom import ZoomReport
 from .sources_qzoom import ImageSlot, load_rgb, source_tensor
 
@@ -38,7 +40,7 @@ class ZoomRequest:
     options: ZoomOptions
     spans: list[list[ImageSpan]]
     sources: list[Tensor]
-    grid_boxes: list[tuple[float, ...] | None]
+    grid_boxes: list[Rectangle | None]
     expand_size: int = 1
     encoder_outputs: dict[str, Any] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
@@ -72,11 +74,11 @@ def _place(index: int, expected: list[int]) -> tuple[int, int]:
     raise IndexError(index)
 
 
-def _is_nested(images: Sequence) -> bool:
+def _is_nested(images: Sequence[Any]) -> bool:
     return len(images) > 0 and all(image is None or isinstance(image, (list, tuple)) for image in images)
 
 
-def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]:
+def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Tensor]:
     """Flattens and checks the source images of a batch.
 
     Args:
@@ -117,7 +119,7 @@ def collect_sources(source_images, spans: list[list[ImageSpan]]) -> list[Tensor]
     return [as_source(ImageSlot(image, index, *_place(index, expected))) for index, image in enumerate(images)]
 
 
-def _flat_numbers(nested) -> list[float]:
+def _flat_numbers(nested: Any) -> list[float]:
     """The numbers of a tensor, or of lists and tensors nested to any depth, in order; None counts as nothing."""
     if isinstance(nested, Tensor):
         return nested.flatten().float().tolist()
@@ -126,7 +128,7 @@ def _flat_numbers(nested) -> list[float]:
     return [] if nested is None else [float(nested)]
 
 
-def collect_grid_boxes(source_boxes, count: int) -> list[tuple[float, ...] | None]:
+def collect_grid_boxes(source_boxes: Any, count: int) -> list[Rectangle | None]:
     """Per image, the rectangle (x0, y0, x1, y1) of source pixels under its token grid.
 
     Args:
@@ -144,14 +146,16 @@ def collect_grid_boxes(source_boxes, count: int) -> list[tuple[float, ...] | Non
             f"source_boxes holds {len(numbers)} numbers; expected 4 (x0, y0, x1, y1) for each of the prompts' {count} "
             "images. Pass what QZoomProcessor returned."
         )
-    boxes = [tuple(numbers[start : start + 4]) for start in range(0, len(numbers), 4)]
-    for index, (x0, y0, x1, y1) in enumerate(boxes):
+    boxes: list[Rectangle | None] = []
+    for index in range(count):
+        x0, y0, x1, y1 = numbers[4 * index : 4 * index + 4]
         if not (x1 > x0 and y1 > y0):
             raise ValueError(f"source_boxes: rectangle {index}, {(x0, y0, x1, y1)}, has no area.")
+        boxes.append((x0, y0, x1, y1))
     return boxes
 
 
-def crop_recipe(config, options: ZoomOptions, spec) -> CropRecipe:
+def crop_recipe(config: QZoomConfig, options: ZoomOptions, spec: BackboneSpec) -> CropRecipe:
     """How this model's crops are made.
 
     Raises:
@@ -162,7 +166,7 @@ def crop_recipe(config, options: ZoomOptions, spec) -> CropRecipe:
         if options.crop_min_tokens is not None or options.crop_max_tokens is not None:
             raise ValueError(
                 "crop_min_tokens and crop_max_tokens do not apply: crops of this backbone always have "
-                f"{(geometry.image_size // geometry.token_side) ** 2} tokens."
+                f"{geometry.fixed_side**2} tokens."
             )
         budget = (1, 1)
     else:

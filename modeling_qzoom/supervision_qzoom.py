@@ -1,11 +1,14 @@
 """Training passes behind `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import (
     POSITION_INPUTS,
@@ -23,14 +26,16 @@ from .fused_pass_qzoom import encode_crops, fused_deepstack, fused_embeds, plan_
 from .fusion_qzoom import ImageSpan, image_spans, length_mask, pad_left, plain_row, stack_positions
 from .layers_qzoom import causal_mask, embed_prompt, rotary, run_layers
 from .options_qzoom import resolve_options
-from .regions_qzoom import pixels_to_cells
+from .regions_qzoom import Box, pixels_to_cells
 from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
 
 
 IGNORED = -100
 
 
-def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision: dict[str, Any]) -> CoarseView:
+def coarse_view(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, vision: dict[str, Any]
+) -> CoarseView:
     """Embeds a batch of prompts; `hidden` is still the input of layer 0.
 
     Args:
@@ -54,7 +59,7 @@ def coarse_view(model, input_ids: Tensor, attention_mask: Tensor | None, vision:
     return CoarseView(input_ids, valid, positions, position_embeddings, mask, embeds, deepstack, embeds)
 
 
-def run_to_branch(model, view: CoarseView) -> CoarseView:
+def run_to_branch(model: PreTrainedModel, view: CoarseView) -> CoarseView:
     """Decoder layers [0, K); the layers above are never run."""
     hidden = run_layers(
         model.vlm.get_decoder(),
@@ -68,7 +73,7 @@ def run_to_branch(model, view: CoarseView) -> CoarseView:
     return replace(view, hidden=hidden)
 
 
-def prompt_images(model, input_ids: Tensor, image_grid_thw: Tensor | None) -> list[list[ImageSpan]]:
+def prompt_images(model: PreTrainedModel, input_ids: Tensor, image_grid_thw: Tensor | None) -> list[list[ImageSpan]]:
     """Where each row's images are."""
     config = model.config.vlm_config
     count = count_images(config, input_ids, image_grid_thw)
@@ -81,11 +86,20 @@ def _last_valid(valid: Tensor) -> Tensor:
     return (valid * columns).argmax(dim=1, keepdim=True)
 
 
-def check_training_call(position_ids, past_key_values, inputs_embeds, kwargs: dict[str, Any]) -> None:
+def check_training_call(
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    inputs_embeds: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
     """Refuses what a training pass would drop without a word.
 
+    Returns:
+        The ids.
+
     Raises:
-        ValueError: names the arguments.
+        ValueError: names the arguments, or says that there are no ids.
     """
     given = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
     refused = [name for name, value in given.items() if value is not None]
@@ -95,6 +109,9 @@ def check_training_call(position_ids, past_key_values, inputs_embeds, kwargs: di
             f"a pass with region_targets, gate_targets or fused labels does not take {sorted(refused)}: it makes "
             "positions and embeddings itself. Check for a misspelt argument."
         )
+    if input_ids is None:
+        raise ValueError("a pass with region_targets, gate_targets or fused labels needs input_ids.")
+    return input_ids
 
 
 def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -111,7 +128,7 @@ def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
 
 
-def _region_targets_by_image(targets, row: int, spans: list[ImageSpan]) -> list[Tensor]:
+def _region_targets_by_image(targets: Any, row: int, spans: list[ImageSpan]) -> list[Tensor]:
     """One (Q, h, w) map per image of a row."""
     maps = list(targets) if isinstance(targets, (list, tuple)) else [targets]
     if len(maps) != len(spans):
@@ -144,7 +161,13 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
 
 
 def branch_pass(
-    model, input_ids, attention_mask, vision, region_targets, gate_targets, query_positions
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vision: dict[str, Any],
+    region_targets: Any,
+    gate_targets: Any,
+    query_positions: Tensor | None,
 ) -> dict[str, Any]:
     """Losses and logits of the branches; arguments as in `forward`."""
     view = run_to_branch(model, coarse_view(model, input_ids, attention_mask, vision))
@@ -174,20 +197,20 @@ def branch_pass(
         without = [row for row in rows if not spans[row]]
         if without:
             raise ValueError(f"region_targets: rows {without} have targets but no image.")
-        logits: list[list[Tensor]] = [[] for _ in spans]
-        targets: list[list[Tensor]] = [[] for _ in spans]
+        maps_by_row: list[list[Tensor]] = [[] for _ in spans]
+        targets_by_row: list[list[Tensor]] = [[] for _ in spans]
         if rows:
             for row, maps in zip(rows, region_maps(model, view, rows, spans, queries[rows])):
-                logits[row] = maps.logits
-                targets[row] = _region_targets_by_image(region_targets[row], row, spans[row])
+                maps_by_row[row] = maps.logits
+                targets_by_row[row] = _region_targets_by_image(region_targets[row], row, spans[row])
                 hidden = absent[row].nonzero()[:, 0].tolist()
                 if hidden:
-                    targets[row] = [_ignore_queries(part, hidden) for part in targets[row]]
-            result["region_loss"] = region_loss(logits, targets)
+                    targets_by_row[row] = [_ignore_queries(part, hidden) for part in targets_by_row[row]]
+            result["region_loss"] = region_loss(maps_by_row, targets_by_row)
         else:
             # zero with a gradient, also below a frozen backbone
             result["region_loss"] = sum(weight.sum() for weight in model.zoom.region.parameters()) * 0.0
-        result["region_logits"] = logits
+        result["region_logits"] = maps_by_row
     result["loss"] = sum(result[name] for name in ("region_loss", "gate_loss") if name in result)
     return result
 
@@ -207,7 +230,9 @@ def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
     return targets
 
 
-def _given_crops(model, request: ZoomRequest, zoom_boxes, device) -> list[Crop]:
+def _given_crops(
+    model: PreTrainedModel, request: ZoomRequest, zoom_boxes: Sequence[Any], device: torch.device
+) -> list[Crop]:
     """Crops of the boxes that the caller chose."""
     spec = spec_for_config(model.config.vlm_config)
     recipe = crop_recipe(model.config, request.options, spec)
@@ -218,14 +243,15 @@ def _given_crops(model, request: ZoomRequest, zoom_boxes, device) -> list[Crop]:
         if entry is None:
             continue
         entry = entry.tolist() if isinstance(entry, Tensor) else entry
-        image, box = entry if len(entry) == 2 else (0, entry)
+        image, corners = entry if len(entry) == 2 else (0, entry)
         if not 0 <= image < len(request.spans[row]):
             raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
         span = request.spans[row][image]
         source = request.sources[span.index]
-        box = tuple(int(value) for value in box)
+        x0, y0, x1, y1 = (int(value) for value in corners)
+        box: Box = (x0, y0, x1, y1)
         height, width = source.shape[1:]
-        if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(
                 f"zoom_boxes: the box {box} of row {row} is empty or leaves its image of {width} × {height} pixels; "
                 "boxes are (x0, y0, x1, y1) in source pixels, end exclusive."
@@ -234,13 +260,13 @@ def _given_crops(model, request: ZoomRequest, zoom_boxes, device) -> list[Crop]:
             pixel_values, grid = crop_region(source.to(device), box, recipe)
         except CropError as error:
             raise ValueError(f"zoom_boxes: row {row}: {error}") from error
-        cells = pixels_to_cells(box, span.grid, tuple(source.shape[1:]), request.grid_boxes[span.index])
+        cells = pixels_to_cells(box, span.grid, (height, width), request.grid_boxes[span.index])
         crops.append(Crop(row, span, cells, pixel_values, grid, crop_token_grid(grid, recipe)))
     return crops
 
 
 @torch.no_grad()
-def _proposed_crops(model, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[Crop]:
+def _proposed_crops(model: PreTrainedModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[Crop]:
     """Crops that the region branch proposes, asked at each row's last prompt token."""
     reached = run_to_branch(model, view)
     columns = torch.arange(labels.shape[1], device=labels.device)
@@ -250,7 +276,15 @@ def _proposed_crops(model, request: ZoomRequest, view: CoarseView, labels: Tenso
 
 
 def fused_language_pass(
-    model, input_ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vision: dict[str, Any],
+    labels: Tensor,
+    source_images: Any,
+    source_boxes: Any,
+    zoom_boxes: Sequence[Any] | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Language loss and (B, F, vocabulary) logits over fused, left-padded sequences; arguments as in `forward`."""
     decoder = model.vlm.get_decoder()

@@ -312,6 +312,8 @@ def test_training_passes_take_no_unknown_arguments_and_no_odd_targets():
         model(**inputs, gate_targets=torch.ones(1), query_postions=torch.zeros(1, 1))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(gate_targets=torch.ones(1), inputs_embeds=torch.zeros(1, 2, 64))
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(gate_targets=torch.ones(1))
     for odd in (3.0, float("nan"), 0.5):
         with pytest.raises(ValueError, match="must be 1, 0 or -100"):
             model(**inputs, gate_targets=[odd])

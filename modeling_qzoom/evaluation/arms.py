@@ -163,7 +163,7 @@ class ArmRunner:
 
     def budget(self, tokens: int) -> Budget:
         """The coarse budget of a plain arm; the processor's own where its largest number is `tokens`."""
-        return self.coarse if tokens == self.coarse[1] else plain_budget(tokens)
+        return self.coarse if self.coarse is not None and tokens == self.coarse[1] else plain_budget(tokens)
 
     def run(self, items: Iterable[Item], *, derive: bool = True, ladder: bool = True) -> Iterator[Record]:
         """What every arm does with every row, in order.

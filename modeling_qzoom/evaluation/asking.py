@@ -79,7 +79,7 @@ def prepare(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for _, question in rows
     ]
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    sizes = {} if budget is None else {"min_tokens": budget[0], "max_tokens": budget[1]}
+    sizes: dict[str, Any] = {} if budget is None else {"min_tokens": budget[0], "max_tokens": budget[1]}
     inputs = processor(images=[[image] for image, _ in rows], text=prompts, **sizes).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 from .arms import ArmRunner, Item
@@ -154,7 +155,7 @@ def measure_file(runner: ArmRunner, rows: Iterable[Any]) -> dict[str, Any]:
     summary, other = Figures(), Figures()
     for metric in ("exact", "anls", "relaxed"):
         for name, arm in (("zoom", "auto"), ("plain", "plain")):
-            summary.mean(f"{metric}_{name}", pick(records, arm, lambda outcome, key=metric: getattr(outcome, key)))
+            summary.mean(f"{metric}_{name}", pick(records, arm, attrgetter(metric)))
     summary.mean("zoomed_share", pick(records, "auto", lambda outcome: outcome.zoomed))
     other.difference("exact_zoom_minus_plain", exact(records, "auto"), exact(records, "plain"))
     add_costs(other, "auto", records, "auto")

@@ -89,11 +89,11 @@ class VisionCost:
         self.vlm, vision = config.vlm_config, config.vision_config
         self.vision = vision
         self.geometry = token_geometry(config.vlm_config)
-        self.width, self.heads = vision.hidden_size, getattr(vision, "num_attention_heads", None)
+        self.width: int = vision.hidden_size
         self.windowed = hasattr(vision, "fullatt_block_indexes")
         self.pooled = spec_for_config(config.vlm_config).square_crop
         self.output = config.get_text_config().hidden_size
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+        channels: int = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
         self.pixels = channels * self.geometry.temporal_patch * self.geometry.patch**2
 
     def __call__(self, grid: Grid) -> int:
@@ -204,6 +204,8 @@ class PrefillCost:
         """(height, width) of the crop that a report's box makes."""
         if self.recipe.square is not None:
             return crop_token_grid(None, self.recipe)
+        if report.box is None:
+            raise ValueError("a row that was not zoomed has no crop.")
         x0, y0, x1, y1 = report.box
         height, width = fit_budget(y1 - y0, x1 - x0, self.recipe)
         return crop_token_grid((1, height // self.recipe.patch, width // self.recipe.patch), self.recipe)

@@ -141,6 +141,7 @@ def draw_text(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
         for line in range(2):
             y = top + tall / 2 + (line - 0.5) * min(2.6 * width, 0.42 * tall)
             printed = _text_line(canvas, x_text, x_text + length, y, width, line == holder) or printed
+        assert printed is not None  # one of the two lines holds the code
         box = printed[2]
         reach = to_box((x_text, top + tall / 2 - 2.2 * width, x_text + length, top + tall / 2 + 2.2 * width))
         entries.append(_entry(word, mark, printed, width, union(box, reach)))

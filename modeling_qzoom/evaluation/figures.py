@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -93,7 +94,7 @@ class Figures:
             self.values[name], self.intervals[name] = auroc(scores, labels), bootstrap_auroc(scores, labels)
 
 
-def pick(records: Sequence[Record], arm: str, get: Callable[[Outcome], float]) -> list[float]:
+def pick(records: Sequence[Record], arm: str, get: Callable[[Outcome], Any]) -> list[Any]:
     """A value of an arm's outcome for every record that has that arm."""
     return [get(record.outcomes[arm]) for record in records if arm in record.outcomes]
 
@@ -121,7 +122,10 @@ def summarize(records: Sequence[Record]) -> Figures:
     boxes = [record.outcomes["always"].box for record in fine]
     figures.mean(
         "region_recall",
-        [covered_share(box, record.target) >= COVERED for box, record in zip(boxes, fine, strict=True)],
+        [
+            record.target is not None and covered_share(box, record.target) >= COVERED
+            for box, record in zip(boxes, fine, strict=True)
+        ],
     )
     figures.mean(
         "region_area",
@@ -179,10 +183,7 @@ def score_table(records: Sequence[Record]) -> dict[str, dict[str, dict[str, floa
 
 def scores(records: Sequence[Record], arm: str) -> dict[str, float]:
     """Mean exact, ANLS and relaxed scores of an arm."""
-    return {
-        name: fmean(pick(records, arm, lambda outcome, name=name: getattr(outcome, name)))
-        for name in ("exact", "anls", "relaxed")
-    }
+    return {name: fmean(pick(records, arm, attrgetter(name))) for name in ("exact", "anls", "relaxed")}
 
 
 def ladder_point(records: Sequence[Record], arm: str, model: str, label: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import math
 import random
 import zlib
 from dataclasses import dataclass, field
+from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -172,7 +173,7 @@ def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
         ImportError: A named font needs matplotlib, which the extra `train` installs.
     """
     if name is None:
-        return ImageFont.load_default(size)
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # what it is at a given size
     try:
         from matplotlib import get_data_path
     except ImportError as error:

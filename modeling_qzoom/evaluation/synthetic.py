@@ -97,6 +97,7 @@ def coarse_questions(page: Page) -> list[Question]:
         return questions
     colors, shapes = [entry.color for entry in entries], [entry.shape for entry in entries]
     for index, entry in enumerate(entries):
+        assert entry.color is not None and entry.shape is not None  # a scene's entries have both
         where = Question(WHERE_QUESTION.format(name=entry.name), _corner(page, index), "coarse", entry.mark, (index,))
         questions.append(where)
         if shapes.count(entry.shape) == 1:

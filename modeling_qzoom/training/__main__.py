@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     stage = STAGES[given.stage]
     try:
-        config = load_config(stage.config, given.config, given.overrides + more)
+        config: object = load_config(stage.config, given.config, given.overrides + more)
         importlib.import_module(f".{stage.module}", __package__).run(config)
     except (ValueError, ImportError, OSError) as error:  # OSError: weights or folders that are not there
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

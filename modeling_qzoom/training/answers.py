@@ -39,7 +39,16 @@ def greedy_answers(
 
 
 @torch.inference_mode()
-def greedy_answers(session, images, questions, *, min_tokens=None, max_tokens=None, reports=False, **options):
+def greedy_answers(
+    session: Session,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    *,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
+    reports: bool = False,
+    **options: Any,
+) -> list[str] | tuple[list[str], list[ZoomReport]]:
     """Answers to one question per image, without special tokens and surrounding white space.
 
     Args:

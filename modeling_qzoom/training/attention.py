@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from .. import QZoomForConditionalGeneration
 from ..decisions_qzoom import CoarseView
-from ..layers_qzoom import run_layers
+from ..layers_qzoom import Rotary, run_layers
 from ..supervision_qzoom import coarse_view, prompt_images
 from .prompts import stack_features
 from .session import Session
@@ -121,7 +121,7 @@ def _append(inputs: dict[str, Any], responses: Sequence[Response]) -> dict[str, 
     return joined
 
 
-def _project(states: Tensor, projection: nn.Module, norm: nn.Module | None, width: int, rotary) -> Tensor:
+def _project(states: Tensor, projection: nn.Module, norm: nn.Module | None, width: int, rotary: Rotary) -> Tensor:
     """Rotated heads (B, n, heads, width) of normed hidden states (B, n, D); `rotary` as for the decoder's layers."""
     heads = projection(states).unflatten(-1, (-1, width))
     heads = heads if norm is None else norm(heads)
@@ -130,7 +130,7 @@ def _project(states: Tensor, projection: nn.Module, norm: nn.Module | None, widt
 
 
 def _attention(
-    layer: nn.Module, hidden: Tensor, view: CoarseView, columns: Tensor, keep: Tensor, heads: list[int]
+    layer: Any, hidden: Tensor, view: CoarseView, columns: Tensor, keep: Tensor, heads: list[int]
 ) -> Tensor:
     """(B, heads, n) attention of a layer's heads to all tokens, averaged over the asking tokens; float32.
 
@@ -141,13 +141,13 @@ def _attention(
     attention, device = layer.self_attn, hidden.device
     columns, keep = columns.to(device), keep.to(device)
     rows = torch.arange(len(hidden), device=device)[:, None]
-    rotary = tuple(part.to(device) for part in view.position_embeddings)
+    cos, sin = (part.to(device) for part in view.position_embeddings)
     normed = layer.input_layernorm(hidden)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     width = attention.head_dim
-    asked = tuple(part[rows, columns] for part in rotary)
+    asked = cos[rows, columns], sin[rows, columns]
     queries = _project(normed[rows, columns], attention.q_proj, query_norm, width, asked)  # (B, Q, H, d)
-    keys = _project(normed, attention.k_proj, key_norm, width, rotary)  # (B, n, Hkv, d)
+    keys = _project(normed, attention.k_proj, key_norm, width, (cos, sin))  # (B, n, Hkv, d)
     group = queries.shape[2] // keys.shape[2]
     queries = queries[:, :, heads].float()
     keys = keys[:, :, [head // group for head in heads]].float()
@@ -225,7 +225,7 @@ def share_images(
     Returns:
         Inputs of the model on its device, with `mm_encoder_outputs` in place of pixel values.
     """
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     first: dict[Hashable, dict[str, Any]] = {}
     for image, feature in zip(images, features, strict=True):
         first.setdefault(image, feature)

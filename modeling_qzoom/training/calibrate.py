@@ -68,6 +68,7 @@ def _prompt(session: Session, row: Row, report: ZoomReport) -> Prompt:
     behind = ids[ids.index(config.image_token_id) + 1 :]
     markers = marker_ids(config)
     closes = markers is not None and behind[:1] == [markers[1]]
+    assert report.heatmap is not None  # the region branch runs for every row here
     height, width = report.heatmap.shape
     return Prompt(len(ids) - 1 + height * width, len(behind) - closes, (height, width))
 

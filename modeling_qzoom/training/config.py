@@ -32,7 +32,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(value, next(arg for arg in args if arg is not type(None)), name)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build_config(kind, value, name + ".")
     if origin is dict and isinstance(value, dict):
         return {_convert(k, args[0], name): _convert(v, args[1], f"{name}.{k}") for k, v in value.items()}

@@ -66,7 +66,8 @@ class BadRows:
     """
 
     def __init__(self, source: str) -> None:
-        self.source, self.found = source, []
+        self.source = source
+        self.found: list[str] = []
 
     def add(self, name: str, why: str) -> None:
         """Note a row; the first few are logged at once."""
@@ -104,7 +105,7 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self._rows[index]
 
 
@@ -207,7 +208,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def _load_dataset(config: DataConfig):
+def _load_dataset(config: DataConfig) -> Any:
     try:
         import datasets
     except ImportError as error:

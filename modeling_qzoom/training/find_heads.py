@@ -19,7 +19,7 @@ from torch import Tensor
 from ..evaluation.metrics import exact_match
 from ..evaluation.pages import Box, Page, Question
 from ..evaluation.synthetic import PAGE_KINDS, draw_page, fine_question
-from ..regions_qzoom import pixels_to_cells
+from ..regions_qzoom import Rectangle, pixels_to_cells
 from .attention import QUERY_TOKENS, Look, look
 from .prompts import encode_prompts, render
 from .region_labels import covered_cells
@@ -68,7 +68,7 @@ def ask_pages(config: FindHeadsConfig) -> Iterator[tuple[Page, list[Question]]]:
         yield page, list(by_entry.values())[:_QUESTIONS_PER_PAGE]
 
 
-def _cells(box: Box, page: Page, grid: tuple[int, int], covered: list[int] | None) -> Tensor:
+def _cells(box: Box, page: Page, grid: tuple[int, int], covered: Rectangle | None) -> Tensor:
     """Share (h, w) of each cell inside a box of page pixels that is grown by half a cell."""
     width, height = page.image.size
     x0, y0, x1, y1 = pixels_to_cells(box, grid, (height, width), covered)
@@ -76,7 +76,7 @@ def _cells(box: Box, page: Page, grid: tuple[int, int], covered: list[int] | Non
 
 
 def page_scores(
-    maps: list[Tensor], page: Page, questions: list[Question], covered: list[int] | None
+    maps: list[Tensor], page: Page, questions: list[Question], covered: Rectangle | None
 ) -> tuple[Tensor, Tensor]:
     """Grounding and sink shares of the heads on one page.
 
@@ -89,7 +89,7 @@ def page_scores(
         (questions, heads) grounding and (heads,) sink shares.
     """
     shares = [attention / attention.sum((1, 2), keepdim=True).clamp(min=1e-12) for attention in maps]
-    grid = tuple(maps[0].shape[1:])
+    grid = (maps[0].shape[1], maps[0].shape[2])
     grounding = torch.stack(
         [
             (share * _cells(question.box, page, grid, covered)).sum((1, 2))
@@ -112,10 +112,10 @@ class _Asked:
     features: list[dict[str, Any]]
 
     @property
-    def covered(self) -> list[int] | None:
+    def covered(self) -> Rectangle | None:
         """Rectangle of page pixels under the grid, where it is not the page."""
         boxes = self.features[0].get("source_boxes")
-        return None if boxes is None else boxes[0].tolist()
+        return None if boxes is None else tuple(boxes[0].tolist())
 
 
 def _batches(session: Session, config: FindHeadsConfig) -> Iterator[list[_Asked]]:

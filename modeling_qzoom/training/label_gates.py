@@ -22,7 +22,9 @@ from .stage_configs import LabelGatesConfig
 STAGE = "label-gates"
 
 
-def _verdicts(judge: Judge, rows: Sequence[Row], truths: Sequence[tuple[str, ...]], replies: list[list[str]]):
+def _verdicts(
+    judge: Judge, rows: Sequence[Row], truths: Sequence[tuple[str, ...]], replies: list[list[str]]
+) -> list[list[bool]]:
     """Per row, whether each of its replies is right; a reply that occurs twice is judged once, an empty one is wrong.
 
     Args:
@@ -80,7 +82,8 @@ class GateLabeler:
         questions, columns = [row.question for row in rows], []
         for tokens in self.config.ladder:
             views = [at_budget(image, tokens, self.session.model.config.vlm_config) for image in images]
-            shown, budget = [view for view, _ in views], views[0][1]
+            shown = [view for view, _ in views]
+            budget: dict[str, Any] = views[0][1]
             columns.append(greedy_answers(self.session, shown, questions, zoom="never", **budget))
         return [list(replies) for replies in zip(*columns, strict=True)]
 

@@ -116,7 +116,7 @@ class RegionLabeler:
             if seen.attention is None:
                 bad.add(row.id, "the model's response is empty, or cut off after one token")
                 continue
-            grid = tuple(seen.attention.shape[1:])
+            grid = (seen.attention.shape[1], seen.attention.shape[2])
             records.append(
                 {
                     "id": row.id,

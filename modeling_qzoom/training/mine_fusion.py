@@ -99,7 +99,7 @@ class FusionMiner:
                 "plain_right": plain_right[place],
                 "zoomed_right": zoomed_right[place],
                 "regression": plain_right[place] and not zoomed_right[place],
-                "box": list(reports[place].box) if reports[place].zoomed else None,
+                "box": list(reports[place].box or ()) if reports[place].zoomed else None,
             }
             for place, row in enumerate(rows)
         ]

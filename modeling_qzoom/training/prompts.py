@@ -52,7 +52,7 @@ def encode_prompts(
     Args:
         min_tokens, max_tokens: Coarse budget; the processor's own by default.
     """
-    sizes = {} if max_tokens is None else {"max_tokens": max_tokens, "min_tokens": min_tokens or 1}
+    sizes: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens, "min_tokens": min_tokens or 1}
     return dict(processor(images=[[image] for image in images], text=list(texts), return_tensors="pt", **sizes))
 
 

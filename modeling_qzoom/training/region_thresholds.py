@@ -39,10 +39,12 @@ class Candidate:
             size: (width, height) of the image in pixels.
             min_side: As of `box_to_pixels`.
         """
+        if report.heatmap is None:
+            return None
         cells = foreground_box(report.heatmap, self.threshold, self.mode)
         if cells is None:
             return None
-        grid = tuple(report.heatmap.shape)
+        grid = (report.heatmap.shape[0], report.heatmap.shape[1])
         return box_to_pixels(cells, grid, (size[1], size[0]), min_side, report.grid_box)
 
 
@@ -96,17 +98,20 @@ def rank_candidates(
         sizes: (rows,) of (width, height).
         targets: (rows,) boxes that hold the answer, where known.
     """
-    known = [row for row, target in enumerate(targets) if target is not None]
+    wanted = {row: target for row, target in enumerate(targets) if target is not None}
+    known = list(wanted)
     rows = known or range(len(boxes))
 
     def area(place: int) -> float:
-        shares = [area_share(boxes[row][place], sizes[row]) if boxes[row][place] else 0.0 for row in rows]
-        return float(np.mean(shares))
+        found = ((boxes[row][place], sizes[row]) for row in rows)
+        return float(np.mean([0.0 if box is None else area_share(box, size) for box, size in found]))
 
     areas = [area(place) for place in range(len(candidates))]
     if known:
-        wanted = [targets[row] for row in known]
-        merits = [region_recall([boxes[row][place] for row in known], wanted) for place in range(len(candidates))]
+        merits = [
+            region_recall([boxes[row][place] for row in known], list(wanted.values()))
+            for place in range(len(candidates))
+        ]
     else:
         merits = agreements(boxes).tolist()
     ranked = [Ranked(*parts) for parts in zip(candidates, merits, areas, strict=True)]

@@ -172,20 +172,19 @@ def train(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = trainer.trained_weights() if sharded else None
     if PartialState().is_main_process:
-        if sharded:
+        if weights is not None:
             session = _with_weights(config, prepare, weights)
         else:
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             if had_cache is None:
-                vars(session.model.config).pop("use_cache", None)
+                session.model.config.__dict__.pop("use_cache", None)
             else:
                 session.model.config.use_cache = had_cache
         _restore(session.model, types)
         if finish is not None:
             finish(session)
         save_session(session, config.output, config.output_format)
-        record = _read_record(config, stage)
-        _write_record(config, {**record, "finished": True})
+        _write_record(config, {**(_read_record(config, stage) or {}), "finished": True})
     PartialState().wait_for_everyone()
 
 

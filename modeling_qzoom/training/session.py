@@ -36,7 +36,7 @@ class Session:
     @property
     def device(self) -> torch.device:
         """Where prompts go."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
 
 def backbone_fingerprint(model: QZoomForConditionalGeneration) -> str:
@@ -88,7 +88,7 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
         from accelerate import PartialState
 
         device = PartialState().device
-    source = {} if config.revision is None else {"revision": config.revision}
+    source: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     try:
         found = AutoConfig.from_pretrained(config.model, **source)
     except OSError as error:

@@ -90,10 +90,10 @@ def run(config: TrainGateConfig) -> None:
     pad = session.processor.tokenizer.pad_token_id
 
     def prepare(opened: Session) -> Parts:
-        check_gate(opened.model)
+        gate = check_gate(opened.model)
         if config.reset:
             reset_gate(opened.model)
-        return [opened.model.zoom.gate]
+        return [gate]
 
     train(
         STAGE,

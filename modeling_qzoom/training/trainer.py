@@ -9,15 +9,22 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .. import QZoomForConditionalGeneration
@@ -184,7 +191,9 @@ class _Epochs(TrainerCallback):
     def __init__(self, order: EpochOrder) -> None:
         self.order = order
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.order.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
@@ -203,12 +212,13 @@ class StageTrainer(Trainer):
         self,
         model: QZoomForConditionalGeneration,
         args: TrainingArguments,
-        dataset: Dataset,
+        dataset: Dataset[Any],
         collate: Callable[[list[Any]], dict[str, Any]],
         measure: Callable[[dict[str, Any]], Counts] | None = None,
     ) -> None:
-        self._order = EpochOrder(len(dataset), args.seed, args.train_sampling_strategy != "sequential")
-        self._measure, self._seen = measure, {}
+        self._order = EpochOrder(len(cast(Sized, dataset)), args.seed, args.train_sampling_strategy != "sequential")
+        self._measure = measure
+        self._seen: dict[str, tuple[float, float]] = {}
         self._frozen = [
             part for part in model.modules() if not any(weight.requires_grad for weight in part.parameters())
         ]
@@ -223,10 +233,16 @@ class StageTrainer(Trainer):
             model.is_quantized = quantized
         self.remove_callback(PrinterCallback)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Key]:
         return self._order
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """As Trainer's; parts without a trained weight run as at inference."""
         for part in self._frozen:
             part.training = False
@@ -255,7 +271,7 @@ class StageTrainer(Trainer):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            return dict(get_model_state_dict(self.model, options=options))
+            return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
         return {
             name: weight.detach().cpu().clone()
             for name, weight in self.model.named_parameters()
@@ -284,10 +300,11 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        target = cast(nn.Module, self.model if model is None else model)
         if self.is_fsdp_enabled:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, strict=False)
-            set_model_state_dict(model, weights, options=options)
+            set_model_state_dict(target, cast(dict[str, Any], weights), options=options)
             return
-        load_trained(self.model if model is None else model, weights)
+        load_trained(target, weights)
