@@ -1,146 +1,223 @@
-"""Builds a loadable folder from a checkpoint's data and the package's code: `build.py CHECKPOINT OUTPUT`.
+"""Builds a Hub repository from a checkpoint's data and the package's code: `build.py CHECKPOINT OUTPUT`.
 
 CHECKPOINT holds data only (weights, configurations, tokenizer, card). OUTPUT gets that data, the code that the model's
-classes need, the references to it (`auto_map`), and the repository's licence. Needs the standard library only.
+classes need, the references to it (`auto_map`), licences, the figures that were measured (CHECKPOINT-figures.json and
+its like beside the checkpoint) and a model card made from all of it. `verify.py OUTPUT` proves what came out.
+
+The plain build needs the standard library only. `--variant`, `--tokenizer` and `--max-shard-size` use the library.
 """
 
 import argparse
-import ast
 import json
 import shutil
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "modeling_qzoom"
-MODEL_CLASS = "modeling_qzoom.QZoomForConditionalGeneration"
-# the classes that each of these files has to name
-AUTO_MAPS: dict[str, dict[str, str]] = {
-    "config.json": {
-        "AutoConfig": "configuration_qzoom.QZoomConfig",
-        "AutoModel": MODEL_CLASS,
-        "AutoModelForImageTextToText": MODEL_CLASS,
-        "AutoModelForMultimodalLM": MODEL_CLASS,
-    },
-    "processor_config.json": {"AutoProcessor": "processing_qzoom.QZoomProcessor"},
-}
-CODE_ROOTS = ("configuration_qzoom", "modeling_qzoom", "processing_qzoom")
-LICENCE_FILES = ("LICENSE", "NOTICE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hub_release.card import Card, read_card, read_facts, render  # noqa: E402
+from hub_release.repository import (  # noqa: E402
+    AUTO_MAPS,
+    BASE_LICENCE,
+    EVALUATION,
+    FIGURE_KINDS,
+    LICENCE_FILES,
+    ROOT,
+    WEIGHT_FILES,
+    BuildError,
+    files_of,
+    is_data,
+    is_licence,
+    published_files,
+    read_json,
+    stored_tensors,
+)
 
 
-class BuildError(ValueError):
-    """The checkpoint or the output folder is not what it should be; the message says what to do."""
-
-
-def published_files(package: Path = PACKAGE) -> list[Path]:
-    """The package's modules that the published classes import, directly or through others."""
-    found: dict[str, Path] = {}
-    pending = list(CODE_ROOTS)
-    while pending:
-        name = pending.pop()
-        if name in found:
-            continue
-        found[name] = package / f"{name}.py"
-        for node in ast.walk(ast.parse(found[name].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                if node.level > 1 or not node.module or "." in node.module:
-                    raise BuildError(f"{name}.py: a published file may only import modules beside it by name.")
-                pending.append(node.module)
-    return [found[name] for name in sorted(found)]
-
-
-def weight_names(checkpoint: Path) -> set[str]:
-    """Names of all tensors in the folder's safetensors files.
-
-    Raises:
-        BuildError: no weights, or a listed file is missing or damaged.
-    """
-    index = checkpoint / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    names: set[str] = set()
-    for file in files:
-        path = checkpoint / file
-        if not path.exists():
-            raise BuildError(f"{checkpoint} has no weights ({file} is missing); train or convert a checkpoint first.")
-        try:
-            with path.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (ValueError, OverflowError, MemoryError) as error:
-            raise BuildError(f"{path} is not a safetensors file: {error}") from error
-        names |= set(header) - {"__metadata__"}
-    return names
+VARIANTS = ("full", "addon", "4bit")
+_MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def _check_checkpoint(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise BuildError(f"{checkpoint} is not a folder.")
     config = checkpoint / "config.json"
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.exists() else None
+    model_type = read_json(config).get("model_type") if config.exists() else None
     if model_type != "qzoom":
         raise BuildError(f"{config} is missing or not that of a Q-Zoom checkpoint (model_type {model_type!r}).")
-    if not any(name.startswith("zoom.") for name in weight_names(checkpoint)):
+    if not any(name.startswith("zoom.") for name in stored_tensors(checkpoint)):
         raise BuildError(f"the weights in {checkpoint} hold no branches (zoom.*): this is a plain model.")
 
 
-def _with_auto_map(path: Path, references: dict[str, str]) -> None:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    content["auto_map"] = {**content.get("auto_map", {}), **references}
+def _check_output(checkpoint: Path, output: Path, force: bool) -> None:
+    if output.resolve() == checkpoint.resolve() or checkpoint.resolve().is_relative_to(output.resolve()):
+        raise BuildError(f"{output} is or contains the checkpoint itself; choose another folder.")
+    if output.exists() and not output.is_dir():
+        raise BuildError(f"{output} is a file.")
+    if output.exists() and any(output.iterdir()) and not force:
+        raise BuildError(f"{output} is not empty; choose another folder, or pass --force to replace what is in it.")
+
+
+def _check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
+    if not tokenizer.is_dir():
+        raise BuildError(f"--tokenizer {tokenizer} is not a folder.")
+    if (checkpoint / "processor_config.json").exists():
+        raise BuildError(f"{checkpoint} has a processor and a tokenizer of its own; leave --tokenizer out.")
+
+
+def left_out(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint that do not belong into a repository, such as a trainer's state; code is replaced."""
+    return [name for name in files_of(checkpoint) if not is_data(name) and not name.endswith((".py", ".pyc"))]
+
+
+def _copy(source: Path, name: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / name, target)
+
+
+def _copy_licences(folder: Path, output: Path) -> None:
+    """A model's own terms, beside those of the code."""
+    ours = {(ROOT / name).read_bytes() for name in LICENCE_FILES}
+    for name in files_of(folder):
+        if is_licence(name) and (folder / name).read_bytes() not in ours:
+            _copy(folder, name, output / f"{BASE_LICENCE}{name}")
+
+
+def _copy_figures(checkpoint: Path, output: Path) -> None:
+    """What was measured with the checkpoint, from the files beside it."""
+    for kind in FIGURE_KINDS:
+        path = checkpoint.parent / f"{checkpoint.resolve().name}-{kind}.json"
+        if path.exists():
+            _copy(path.parent, path.name, output / EVALUATION / f"{kind}.json")
+
+
+def _change_json(path: Path, **fields: Any) -> None:
+    content = {**read_json(path), **fields}
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build(checkpoint: str | Path, output: str | Path, *, force: bool = False) -> Path:
+def _name_base(checkpoint: Path, output: Path, base: str | None) -> None:
+    """Names the base model as others reach it, wherever it was read from here."""
+    recorded = read_json(checkpoint / "config.json")
+    name = base or recorded.get("base_model_name_or_path")
+    if name is not None:
+        # a revision belongs to the name that it was recorded with
+        is_same = name == recorded.get("base_model_name_or_path")
+        revision = recorded.get("base_model_revision") if is_same else None
+        _change_json(output / "config.json", base_model_name_or_path=name, base_model_revision=revision)
+
+
+def _add_references(output: Path) -> None:
+    for name, references in AUTO_MAPS.items():
+        if (output / name).exists():
+            own = read_json(output / name).get("auto_map") or {}
+            _change_json(output / name, auto_map={**own, **references})
+
+
+def _write_card(output: Path, licence: str | None) -> None:
+    path = output / "README.md"
+    card = read_card(path.read_text(encoding="utf-8")) if path.exists() else Card()
+    path.write_text(render(card, read_facts(output, output.resolve().name), licence), encoding="utf-8")
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    variant: str = "full",
+    tokenizer: str | Path | None = None,
+    base: str | None = None,
+    base_folder: str | Path | None = None,
+    licence: str | None = None,
+    max_shard_size: str | None = None,
+) -> Path:
     """Makes a folder that loads with `trust_remote_code=True` where the package is not installed.
 
     Args:
         checkpoint: folder with the data of a full checkpoint or an add-on.
         output: absent or empty, unless `force`; then what is in it is replaced.
+        variant: "full", what the checkpoint holds; "addon", the branches only; "4bit", nf4 with double quantization.
+        tokenizer: folder with tokenizer and chat template, for a checkpoint that has none.
+        base: name of the plain VLM on the Hub, by default the one that the checkpoint's config names.
+        base_folder: where the plain VLM is on this machine: its licence is copied, and an add-on is compared with it.
+        licence: identifier of the weights' licence for the card, by default the one in the checkpoint's card.
+        max_shard_size: size of the largest weights file, e.g. "5GB"; by default weights are copied as they are.
 
     Returns:
         The output folder.
 
     Raises:
-        BuildError: no weights, no Q-Zoom configuration, or an output folder that is in use.
+        BuildError: no weights, no Q-Zoom configuration, an output folder that is in use, or options that do not fit.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     _check_checkpoint(checkpoint)
-    if output.resolve() == checkpoint.resolve() or checkpoint.resolve().is_relative_to(output.resolve()):
-        raise BuildError(f"{output} is or contains the checkpoint itself; choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise BuildError(f"{output} is a file.")
-    if output.exists() and any(output.iterdir()):
-        if not force:
-            raise BuildError(
-                f"{output} is not empty; choose another folder, or pass --force to replace what is in it."
-            )
-        shutil.rmtree(output)
-    shutil.copytree(checkpoint, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", ".*", "__pycache__"))
+    _check_output(checkpoint, output, force)
+    if tokenizer is not None:
+        _check_tokenizer(checkpoint, Path(tokenizer))
+    if base_folder is not None and not Path(base_folder).is_dir():
+        raise BuildError(f"--base-folder {base_folder} is not a folder.")
+    rewrites = variant != "full" or max_shard_size is not None
+    with ExitStack() as stack:
+        made = None
+        if rewrites or tokenizer is not None:
+            from hub_release.variants import write_processor, write_variant
+
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.absolute().parent)))
+            where = None if base_folder is None else Path(base_folder)
+            if tokenizer is not None:
+                write_processor(checkpoint, Path(tokenizer), made)
+            if rewrites:
+                shards = {"max_shard_size": max_shard_size}
+                write_variant(checkpoint, made, variant, base=base, base_folder=where, **shards)
+        if output.exists():
+            shutil.rmtree(output)
+        for name in filter(is_data, files_of(checkpoint)):
+            is_replaced = rewrites and (name in _MODEL_FILES or WEIGHT_FILES.fullmatch(name))
+            if name not in LICENCE_FILES and not is_replaced:
+                _copy(checkpoint, name, output / name)
+        for name in filter(is_data, files_of(made) if made else ()):
+            _copy(made, name, output / name)
     for file in published_files():
-        shutil.copyfile(file, output / file.name)
+        _copy(file.parent, file.name, output / file.name)
     for name in LICENCE_FILES:
-        if (ROOT / name).exists():
-            shutil.copyfile(ROOT / name, output / name)
-    for name, references in AUTO_MAPS.items():
-        if (output / name).exists():
-            _with_auto_map(output / name, references)
+        _copy(ROOT, name, output / name)
+    for folder in filter(None, (checkpoint, base_folder)):
+        _copy_licences(Path(folder), output)
+    _copy_figures(checkpoint, output)
+    _name_base(checkpoint, output, base)
+    _add_references(output)
+    _write_card(output, licence)
     return output
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder with a checkpoint's data")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace what OUTPUT holds")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="full", help="what the checkpoint holds, its branches only, or nf4"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer for a checkpoint without one")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="the plain VLM; default: what the checkpoint names")
+    parser.add_argument("--base-folder", type=Path, metavar="FOLDER", help="where the plain VLM is on this machine")
+    parser.add_argument("--license", dest="licence", metavar="ID", help="of the weights, e.g. apache-2.0")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help='split the weights, e.g. "5GB"')
+    options = vars(parser.parse_args(arguments))
     try:
-        folder = build(options.checkpoint, options.output, force=options.force)
+        folder = build(options.pop("checkpoint"), options.pop("output"), **options)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if dropped := left_out(parser.parse_args(arguments).checkpoint):
+        print(f"left out, as no part of a repository: {', '.join(dropped)}")
     print(f"built {folder}")
     return 0
 

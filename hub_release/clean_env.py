@@ -52,6 +52,7 @@ def probe(
     *,
     python: str | Path = sys.executable,
     options: dict[str, Any] | None = None,
+    model_options: dict[str, Any] | None = None,
     timeout: float = 900,
 ) -> dict[str, Any]:
     """Loads a folder in a fresh interpreter with an empty home and asks it a question about an image.
@@ -61,6 +62,7 @@ def probe(
         image: an image file.
         python: the interpreter, e.g. of `make_environment`.
         options: for `generate`, e.g. `{"zoom": "always", "max_new_tokens": 8}`.
+        model_options: for the model's `from_pretrained`, e.g. where an add-on's base is.
         timeout: in seconds.
 
     Returns:
@@ -73,7 +75,7 @@ def probe(
     """
     with tempfile.TemporaryDirectory() as home:
         task = {"checkpoint": str(Path(checkpoint).resolve()), "image": str(Path(image).resolve())}
-        task |= {"question": question, "options": options or {}, "work": home}
+        task |= {"question": question, "options": options or {}, "model_options": model_options or {}, "work": home}
         # nothing of the caller's Python or Hugging Face settings reaches the child
         inherited = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "OMP_NUM_THREADS") if key in os.environ}
         environment = {**inherited, "HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "TMPDIR": home}
@@ -124,16 +126,19 @@ def _answer_task(task: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from PIL import Image
 
+    transformers.utils.logging.disable_progress_bar()
     folder, trust = task["checkpoint"], {"trust_remote_code": True}
     image = Image.open(task["image"]).convert("RGB")
     config = transformers.AutoConfig.from_pretrained(folder, **trust)
     processor = transformers.AutoProcessor.from_pretrained(folder, **trust)
     answers = {}
     for door in MODEL_DOORS:
-        model = getattr(transformers, door).from_pretrained(folder, **trust)
+        # not kept until the next one is loaded: a large model fits once
+        model = getattr(transformers, door).from_pretrained(folder, **trust, **task["model_options"])
         answers[door] = _ask(model, processor, image, task["question"], task["options"])
+        del model
     content = [{"type": "image", "image": image}, {"type": "text", "text": task["question"]}]
-    pipe = transformers.pipeline("image-text-to-text", model=folder, **trust)
+    pipe = transformers.pipeline("image-text-to-text", model=folder, model_kwargs=task["model_options"], **trust)
     said = pipe(
         [{"role": "user", "content": content}],
         generate_kwargs={"do_sample": False, **task["options"]},
@@ -142,8 +147,9 @@ def _answer_task(task: dict[str, Any]) -> dict[str, Any]:
     answers["pipeline"] = {"text": said[0]["generated_text"]}
 
     copy = Path(task["work"]) / "resaved"
-    model.save_pretrained(copy)
+    pipe.model.save_pretrained(copy)
     processor.save_pretrained(copy)
+    del pipe
     again = transformers.AutoModelForImageTextToText.from_pretrained(copy, **trust)
     processor = transformers.AutoProcessor.from_pretrained(copy, **trust)
     answers["reloaded"] = _ask(again, processor, image, task["question"], task["options"])

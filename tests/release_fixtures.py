@@ -1,13 +1,41 @@
-"""Tiny checkpoints as data-only folders and as built ones."""
+"""Tiny checkpoints as data-only folders and as built ones, and a tokenizer for the golden cases."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hub_release.build import build
 
+from .golden import load_case
 from .loading_fixtures import ZOOM_CONFIG, attach
 from .processing_fixtures import PROCESSORS
-from .tiny import tiny_vlm
+from .tiny import QWEN_SPECIALS, qwen_tokenizer, tiny_vlm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "hub_release"))
+
+from convert_official import convert  # noqa: E402
+
+
+DEMO = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
+FIGURES = {
+    "summary": {"fine_accuracy_zoom": 0.75, "gate_auroc": 0.5},
+    "intervals": {"fine_accuracy_zoom": [0.7, 0.8], "gate_auroc": [0.4, 0.6]},
+    "by_page_kind": {"scene": {"rows": 3, "summary": {"fine_accuracy_zoom": 1.0, "gate_auroc": 0.5}}},
+    "other": {"multi_accuracy_zoom": 0.125},
+    "conditions": {
+        "command": "python -m modeling_qzoom.evaluation --model tiny",
+        "rows": 8,
+        "gate_threshold": 0.1,
+        "effort": None,
+        "dtype": "float32",
+    },
+}
 
 
 def data_folder(family: str, folder: Path) -> Path:
@@ -24,6 +52,42 @@ def data_folder(family: str, folder: Path) -> Path:
 
 def built_folder(family: str, folder: Path) -> Path:
     """The same, loadable."""
-    output = build(data_folder(family, folder / "data"), folder / "built")
+    output = build(data_folder(family, folder / "data"), folder / "built", licence="apache-2.0")
     shutil.rmtree(folder / "data")
     return output
+
+
+def published_folder(folder: Path) -> Path:
+    """A built one with everything that a repository may have: figures, an author's card, a named base model."""
+    data = data_folder("qwen2_5_vl", folder / "data")
+    head = "---\nlanguage: en\ntags:\n- tiny\n---\n"
+    (data / "README.md").write_text(f"{head}\n# tiny\n\nFor tests.\n\n## Limits\n\nAll.\n")
+    for kind, content in (("figures", FIGURES), ("times", {"all of it": 90.0})):
+        (folder / f"data-{kind}.json").write_text(json.dumps(content))
+    (folder / "base").mkdir()
+    (folder / "base" / "LICENSE.txt").write_text("the base model's terms\n")
+    return build(data, folder / "built", base="someone/base", base_folder=folder / "base", licence="apache-2.0")
+
+
+def golden_tokenizer(folder: Path) -> Path:
+    """A folder with 128 tokens: one per printable ASCII character, the special ones where the golden cases' are."""
+    specials = dict(zip(QWEN_SPECIALS, (0, 126, 127, 3, 4, 5, 6), strict=True))
+    characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # the last two: space and line end
+    vocabulary = specials | {character: 7 + index for index, character in enumerate(characters)}
+    unused = (f"<unused{index}>" for index in range(128))
+    vocabulary |= {next(unused): index for index in range(128) if index not in vocabulary.values()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left")
+    fast.add_special_tokens({"additional_special_tokens": QWEN_SPECIALS})
+    fast.pad_token, fast.eos_token = "<|endoftext|>", "<|im_end|>"
+    fast.chat_template = qwen_tokenizer().chat_template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def converted_golden(case: str, folder: Path) -> Path:
+    """A checkpoint in the authors' format, converted; it has no tokenizer."""
+    convert(load_case(case).write_checkpoint(folder / "official"), folder / "converted")
+    return folder / "converted"

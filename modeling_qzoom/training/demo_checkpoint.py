@@ -32,9 +32,7 @@ work on any machine. It reads pages of three kinds only: coloured shapes with sm
 labelled values, and lines of small print beside a keyword. It is no general model.
 
 It sees a page in at most {coarse} visual tokens, in which no small code is legible, decides per question whether that
-is enough, and otherwise zooms into the place that the question asks about. Region labels come from the model's own
-attention, gate labels from its own answers on a ladder of resolutions; true boxes only ranked attention heads and
-thresholds.
+is enough, and otherwise zooms into the place that the question asks about.
 
 Questions it knows, for example: "what is the code on the red circle?", "where is the red circle?", "what color is the
 star?", "what is the total?", "how many fields are there?", "what number is in the city line?", "which word is first?".
@@ -42,6 +40,11 @@ star?", "what is the total?", "how many fields are there?", "what number is in t
 ## Figures
 
 {figures}
+
+## How it was trained
+
+Region labels come from the model's own attention, gate labels from its own answers on a ladder of resolutions; true
+boxes only ranked attention heads and thresholds.
 
 {history}
 """

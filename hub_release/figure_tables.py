@@ -1,0 +1,62 @@
+"""Markdown of what was measured, from the JSON files that evaluation and recipe write. Standard library only."""
+
+from typing import Any
+
+
+def _interval(measured: dict[str, Any], name: str) -> str:
+    low, high = measured.get("intervals", {}).get(name, (None, None))
+    return "" if low is None else f"{low:.3f} – {high:.3f}"
+
+
+def _beside(other: dict[str, Any] | None, part: str, name: str) -> str:
+    value = None if other is None else other.get(part, {}).get(name)
+    return "" if value is None else f"{value:.3f}"
+
+
+def figure_table(measured: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
+    """Figures with 95 % intervals and their conditions, as `python -m modeling_qzoom.evaluation` wrote them.
+
+    Args:
+        measured: On the test split.
+        shifted: On the split of other fonts and layouts.
+    """
+    lines = ["| figure | test | 95 % interval | shifted |", "|---|---|---|---|"]
+    for name, value in measured["summary"].items():
+        lines.append(f"| {name} | {value:.3f} | {_interval(measured, name)} | {_beside(shifted, 'summary', name)} |")
+    for name, value in measured.get("other", {}).items():
+        if name.startswith(("multi_", "absent_")):
+            lines.append(f"| {name} | {value:.3f} | | {_beside(shifted, 'other', name)} |")
+    conditions = ", ".join(f"{name} {value}" for name, value in measured["conditions"].items() if name != "command")
+    return "\n".join(lines) + f"\n\n`{measured['conditions']['command']}`: {conditions}."
+
+
+def page_kind_table(measured: dict[str, Any]) -> str | None:
+    """The summary by kind of page, None where it was not measured."""
+    kinds = measured.get("by_page_kind")
+    if not kinds:
+        return None
+    head = " | ".join(f"{kind} ({part['rows']} rows)" for kind, part in kinds.items())
+    lines = [f"| figure, by kind of page | {head} |", "|---" * (len(kinds) + 1) + "|"]
+    for name in measured["summary"]:
+        lines.append(f"| {name} | {' | '.join(_beside(part, 'summary', name) for part in kinds.values())} |")
+    return "\n".join(lines)
+
+
+def spread_table(held: dict[str, Any]) -> str:
+    """The spread over seeds.
+
+    Args:
+        held: What `train_demo.write_spread` wrote.
+    """
+    lines = [f"{held['seeds']} seeds of the last stages, {held['rows']} test rows each:", ""]
+    lines += ["| figure | lowest | mean | highest |", "|---|---|---|---|"]
+    for name, found in held["spread"].items():
+        lines.append(f"| {name} | {found['lowest']:.3f} | {found['mean']:.3f} | {found['highest']:.3f} |")
+    return "\n".join(lines)
+
+
+def times_table(seconds: dict[str, float]) -> str:
+    """Minutes by step of the training recipe."""
+    lines = ["| step | minutes |", "|---|---|"]
+    lines += [f"| {name} | {value / 60:.1f} |" for name, value in seconds.items()]
+    return "\n".join(lines)
