@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 
@@ -59,12 +60,11 @@ class DecoderStage:
     kinds: dict[str, int] = field(default_factory=lambda: ALL_KINDS)
 
 
-TOWER_STEPS = 900
+TOWER_STEPS, TOWER_VIEWS = 312, 144
 DECODER_STAGES = (
-    DecoderStage("2-search", 700, {"crop": 8, "whole": 16}, decay=0.0, kinds=SCENES),
-    DecoderStage("3-pages", 900, {"crop": 6, "whole": 10, "page": 6}, decay=0.0),
-    DecoderStage("4-polish", 1200, {"crop": 4, "search": 8, "page": 8}, decay=0.8),
-    DecoderStage("5-large", 600, {"crop": 2, "search": 4, "page": 8, "large": 3}, decay=1.0, lr=1e-3),
+    DecoderStage("2-search", 401, {"crop": 24, "whole": 48}, decay=0.0, kinds=SCENES),
+    DecoderStage("3-pages", 446, {"crop": 20, "whole": 36, "page": 20}, decay=0.0),
+    DecoderStage("4-polish", 1338, {"crop": 10, "search": 30, "page": 40, "large": 12}, decay=0.9),
 )
 MARKERS = ("<!-- figures -->", "<!-- end of figures -->")
 
@@ -107,14 +107,16 @@ def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedToke
     return build_backbone(demo_config(-(-len(tokenizer) // 64) * 64, ids)), tokenizer
 
 
-def train_backbone(work: Path, scale: float, clock: Clock) -> None:
+def train_backbone(work: Path, scale: float, device: str, clock: Clock) -> None:
     """Run the backbone's stages that have not left their weights yet.
 
     Args:
         scale: Factor on every stage's number of steps.
+        device: Where it trains.
     """
     model, tokenizer = fresh_backbone()
-    parts = training_parts(model, tokenizer)
+    model.to(device)
+    parts = training_parts(model, tokenizer).to(device)
     paths = [work / "1-tower.safetensors", *(work / f"{stage.name}.safetensors" for stage in DECODER_STAGES)]
     newest = max((index for index, path in enumerate(paths) if path.exists()), default=-1)
     if newest >= 0:
@@ -122,7 +124,7 @@ def train_backbone(work: Path, scale: float, clock: Clock) -> None:
     for index in range(newest + 1, len(paths)):
         with clock.step(paths[index].stem):
             if index == 0:
-                train_tower(parts, round(TOWER_STEPS * scale), paths[0])
+                train_tower(parts, round(TOWER_STEPS * scale), paths[0], TOWER_VIEWS)
                 continue
             stage = DECODER_STAGES[index - 1]
             steps = round(stage.steps * scale)
@@ -250,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo-stages", help="folder of all stages")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the backbone stages' numbers of steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the last stages; the first ships")
     parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
     parser.add_argument("--rows", type=int, default=2000, help="fresh rows that the figures are measured on")
@@ -258,7 +261,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     work = arguments.work.resolve()
     clock = Clock(work / "times.json")
-    train_backbone(work, arguments.scale, clock)
+    train_backbone(work, arguments.scale, arguments.device, clock)
     if arguments.until == "backbone":
         return
     train_branches(work, clock)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from .demo_data import ALL_KINDS, DecoderSteps, StepBatch, TowerSteps, Weights
+from .demo_data import ALL_KINDS, DecoderSteps, TowerSteps, Weights
 from .demo_model import build_optimizers
+from .fast_tower import fast_tower
 from .loop import fit
 from .packing import Batch, answer_loss
-from .tower import DenseHeads, ViewBatch, dense_loss, encode, flat_patches, label_words
+from .tower import DenseHeads, ViewBatch, dense_loss, encode, label_words
 from .views import IGNORE
 
 
@@ -25,49 +26,58 @@ def training_parts(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrai
     return nn.ModuleDict({"model": model.model, "heads": heads})
 
 
-def train_tower(parts: nn.ModuleDict, steps: int, path: Path, lr: float = 2e-3, seed: int = 1) -> None:
-    """Dense pretraining of the vision tower (and of the embeddings that name what it sees), large digits first."""
+def train_tower(
+    parts: nn.ModuleDict, steps: int, path: Path, views: int = 48, lr: float = 2e-3, seed: int = 1
+) -> None:
+    """Dense pretraining of the vision tower (and of the embeddings that name what it sees), large digits first.
+
+    Args:
+        views: Views per step.
+    """
     model, heads = parts["model"], parts["heads"]
     embedding = model.get_input_embeddings()
     model.language_model.layers.requires_grad_(False)
     model.language_model.norm.requires_grad_(False)
 
-    def step_loss(views: ViewBatch) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens, patches = encode(model.visual, views)
-        return dense_loss(heads(tokens, patches, embedding.weight), views.labels)
+    def step_loss(drawn: ViewBatch) -> tuple[Tensor, dict[str, float]]:
+        drawn = drawn.to(embedding.weight.device)
+        with torch.autocast(embedding.weight.device.type, torch.bfloat16):
+            tokens, patches = encode(model.visual, drawn)
+        return dense_loss(heads(tokens, patches, embedding.weight), drawn.labels)
 
-    with flat_patches(model.visual):
-        fit(parts, build_optimizers(parts, lr), TowerSteps(seed, steps), step_loss, path)
+    with fast_tower(model.visual):
+        fit(parts, build_optimizers(parts, lr), TowerSteps(seed, steps, views), step_loss, path)
     parts.requires_grad_(True)
 
 
-def segment_hits(batch: Batch, hit: Tensor) -> list[tuple[str, bool]]:
-    """Per segment its kind ("fine", "coarse", with "+crop" where it has one) and whether the whole answer is right."""
-    right = torch.ones_like(batch.labels, dtype=torch.bool)
-    right[batch.labels != IGNORE] = hit
-    found = []
+def right_shares(batch: Batch, hit: Tensor) -> dict[str, float]:
+    """Per kind of segment ("page/fine+crop", say) the share whose whole answer is right.
+
+    Args:
+        hit: (places,) of `answer_loss`.
+    """
+    rows, width = len(batch.kinds), max(len(kinds) for kinds in batch.kinds) + 1
+    number = torch.arange(rows, device=hit.device)[:, None] * width + batch.segment
+    missed = torch.bincount(number[batch.labels != IGNORE], weights=(~hit).float(), minlength=rows * width).tolist()
+    found: dict[str, list[bool]] = {}
     for row, kinds in enumerate(batch.kinds):
-        for number, kind in enumerate(kinds, start=1):
-            found.append((kind, bool(right[row][batch.segment[row] == number].all())))
-    return found
+        for place, kind in enumerate(kinds, start=1):
+            found.setdefault(kind, []).append(missed[row * width + place] == 0)
+    return {kind: sum(values) / len(values) for kind, values in found.items()}
 
 
 def decoder_step(
     model: Qwen2_5_VLForConditionalGeneration, heads: DenseHeads, batch: Batch
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch, and the share of right answers per kind. The tower has to be under `flat_patches`."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Loss of one batch, and the share of right answers per kind. The tower has to be under `fast_tower`."""
+    embedding = model.get_input_embeddings().weight
+    batch = batch.to(embedding.device)
+    with torch.autocast(embedding.device.type, torch.bfloat16):
         tokens, patches = encode(model.model.visual, batch.views)
         loss, hit = answer_loss(model, batch, tokens)
-    embedding = model.get_input_embeddings().weight
     dense, accuracy = dense_loss(heads(tokens, patches, embedding), batch.views.labels)
-    found = segment_hits(batch, hit)
     measures = {"tower-" + name: value for name, value in accuracy.items() if name in ("digit", "word")}
-    for kind in {kind for kind, _ in found}:
-        values = [right for other, right in found if other == kind]
-        measures[kind] = sum(values) / len(values)
-    return loss + DENSE_WEIGHT * dense, measures
+    return loss + DENSE_WEIGHT * dense, measures | right_shares(batch, hit)
 
 
 def train_decoder(
@@ -90,14 +100,9 @@ def train_decoder(
         decay: Share of the steps with a falling rate.
     """
 
-    def step_loss(batches: list[StepBatch]) -> tuple[Tensor, dict[str, float]]:
-        total, measures = torch.zeros(()), {}
-        for part in batches:
-            loss, values = decoder_step(model, parts["heads"], part.batch)
-            total = total + loss * part.count / sum(groups.values())
-            measures |= {f"{part.name}/{key}": value for key, value in values.items()}
-        return total, measures
+    def step_loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return decoder_step(model, parts["heads"], batch)
 
     optimizers = build_optimizers(parts, lr, tower_share=0.4)
-    with flat_patches(model.model.visual):
+    with fast_tower(model.model.visual):
         fit(parts, optimizers, DecoderSteps(tokenizer, groups, seed, steps, kinds), step_loss, path, decay=decay)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -160,26 +160,21 @@ DRAW = {
 
 
 class TowerSteps(Dataset):
-    """The tower's batches by step: large digits first."""
+    """The tower's batches by step: large digits first.
 
-    def __init__(self, seed: int, steps: int) -> None:
-        self.seed, self.steps = seed, steps
+    Args:
+        views: Views per step.
+    """
+
+    def __init__(self, seed: int, steps: int, views: int) -> None:
+        self.seed, self.steps, self.views = seed, steps, views
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> ViewBatch:
         rng = random.Random(f"tower/{self.seed}/{step}")
-        return stack_views(tower_views(rng, 48, (18 if step < 0.2 * self.steps else 8.5, 28)))
-
-
-@dataclass
-class StepBatch:
-    """The samples of one step of one kind, packed; kinds keep apart because of their lengths."""
-
-    name: str
-    count: int
-    batch: Batch
+        return stack_views(tower_views(rng, self.views, (18 if step < 0.2 * self.steps else 8.5, 28)))
 
 
 class DecoderSteps(Dataset):
@@ -204,10 +199,10 @@ class DecoderSteps(Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> list[StepBatch]:
+    def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"decoder/{self.seed}/{step}")
-        found = []
+        samples = []
         for name, count in self.groups.items():
             draw: Callable[[random.Random, Weights], Sample] = DRAW[name]
-            found.append(StepBatch(name, count, self.packer([draw(rng, self.kinds) for _ in range(count)])))
-        return found
+            samples += [replace(draw(rng, self.kinds), name=f"{name}/") for _ in range(count)]
+        return self.packer(samples)

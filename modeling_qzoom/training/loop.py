@@ -1,6 +1,7 @@
 """A small explicit training loop: warm-up, plateau, linear decay, resumable checkpoints."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,9 @@ def fit(
         first = load_step(running)
         logger.info("%s resumes at step %d", path.stem, first)
     count = len(steps)
-    # drawing pages takes a third of a step's time; another process does it meanwhile
-    loader = DataLoader(steps, batch_size=None, sampler=range(first, count), num_workers=1, prefetch_factor=4)
+    # drawing pages takes long; other processes do it meanwhile, each a step of its own
+    workers = max(1, (os.cpu_count() or 1) - 1)
+    loader = DataLoader(steps, batch_size=None, sampler=range(first, count), num_workers=workers, prefetch_factor=4)
     for step, data in enumerate(loader, start=first):
         # the optimisers start anew after an interruption, so they warm up again
         share = rate(step / count, step - first, warm, decay)

@@ -27,10 +27,11 @@ class Segment:
 
 @dataclass
 class Sample:
-    """A view of a page and the segments that ask about it."""
+    """A view of a page, the segments that ask about it, and the name that its measures go under."""
 
     view: View
     segments: list[Segment] = field(default_factory=list)
+    name: str = ""
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Batch:
         labels: (B, n), the token to predict at each place, -100 elsewhere.
         segment: (B, n), 0 for the page and from 1 on for the segments, -1 for padding.
         views: Every view in order of its image tokens.
-        kinds: Per sample and segment the question's kind, with "+crop" where it has one.
+        kinds: Per sample and segment the question's kind, with "+crop" where it has one, behind the sample's name.
     """
 
     input_ids: torch.Tensor
@@ -53,12 +54,17 @@ class Batch:
     views: ViewBatch
     kinds: list[list[str]]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved = [part.to(device) for part in (self.input_ids, self.positions, self.segment, self.labels)]
+        return Batch(*moved, self.views.to(device), self.kinds)
+
     @property
     def mask(self) -> torch.Tensor:
         """(B, 1, n, n), True where a query may look at a key."""
         n = self.segment.shape[1]
         same = self.segment[:, :, None] == self.segment[:, None, :]
-        mask = torch.ones(n, n, dtype=torch.bool).tril() & (same | (self.segment == 0)[:, None, :])
+        mask = torch.ones(n, n, dtype=torch.bool, device=same.device).tril() & (same | (self.segment == 0)[:, None, :])
         return mask[:, None]
 
 
@@ -136,7 +142,7 @@ class Packer:
     def __call__(self, samples: list[Sample]) -> Batch:
         """Pack samples into one batch."""
         parts = [self._sample(sample) for sample in samples]
-        n = max(len(ids) for ids, *_ in parts)
+        n = -(-max(len(ids) for ids, *_ in parts) // 8) * 8  # as fused attention kernels want it of a mask
         input_ids = torch.full((len(parts), n), self.filler)
         positions = torch.zeros(3, len(parts), n)
         labels = torch.full((len(parts), n), IGNORE)
@@ -149,7 +155,7 @@ class Packer:
             segment[row, : len(ids)] = torch.tensor(number)
             views += seen
         kinds = [
-            [part.question.kind + ("+crop" if part.crop is not None else "") for part in sample.segments]
+            [sample.name + part.question.kind + ("+crop" if part.crop is not None else "") for part in sample.segments]
             for sample in samples
         ]
         return Batch(input_ids, positions, segment, labels, stack_views(views), kinds)

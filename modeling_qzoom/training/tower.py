@@ -1,17 +1,17 @@
 """Dense labels for the demo's vision tower: digit, colour, shape, word and code under each patch and token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+from transformers.vision_utils import get_vision_position_ids
 
 from ..evaluation.pages import CODE_LENGTH, COLORS, SHAPES, WORDS
-from .views import IGNORE, NO_DIGIT, NO_OBJECT, NO_WORD, View, normalise
+from .fast_tower import padded_slots, padded_width
+from .views import IGNORE, MERGE, NO_DIGIT, NO_OBJECT, NO_WORD, View, normalise
 
 
 EMPTY = {"digit": NO_DIGIT, "color": NO_OBJECT, "shape": NO_OBJECT, "word": NO_WORD}
@@ -66,49 +66,55 @@ def label_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]
     return found
 
 
-class FlatPatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """The tower's patch embedding as one matrix product, with the same weights.
-
-    On a CPU the backward pass of the convolution takes more time than all the rest of a training step. An image has
-    two equal temporal copies, so their weights are added and one copy is enough.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(n, 3 * 14 * 14) → (n, d)."""
-        return linear(hidden_states, self.proj.weight.sum(2).flatten(1))
-
-
-@contextmanager
-def flat_patches(tower: nn.Module) -> Iterator[None]:
-    """Within it the tower takes one temporal copy of its patches and trains much faster."""
-    usual = type(tower.patch_embed)
-    tower.patch_embed.__class__ = FlatPatchEmbed
-    try:
-        yield
-    finally:
-        tower.patch_embed.__class__ = usual
-
-
 @dataclass
 class ViewBatch:
     """What the tower needs of several views, as few tensors that travel cheaply between processes.
 
     Args:
         patches: (4 * tokens, 588) uint8.
-        grids: (views, 3), t, h, w in patches.
+        grids: (views, 3), t, h, w in patches; stays on the CPU.
+        positions: (4 * tokens, 2) row and column of every patch.
+        slots: (4 * tokens,) place of every patch where views are padded to a common width.
         labels: Dense labels by name, as in `View`, of all views one after the other.
     """
 
     patches: Tensor
     grids: Tensor
+    positions: Tensor
+    slots: Tensor
     labels: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> "ViewBatch":
+        """The same on a device."""
+        labels = {name: value.to(device) for name, value in self.labels.items()}
+        patches, positions, slots = (part.to(device) for part in (self.patches, self.positions, self.slots))
+        return ViewBatch(patches, self.grids, positions, slots, labels)
+
+    def layout(self) -> dict[str, Any]:
+        """What the tower would work out from the grids, view by view, and what attention side by side needs."""
+        lengths = self.grids.prod(1)
+        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        width = padded_width(lengths.tolist())
+        seen = torch.zeros(len(lengths) * width, dtype=torch.bool, device=self.slots.device)
+        return {
+            "position_ids": self.positions,
+            "cu_seqlens": ends,
+            # a window holds any view of the demo, so patches stay in reading order
+            "window_index": torch.arange(int(ends[-1]) // MERGE**2, device=self.slots.device),
+            "cu_window_seqlens": ends,
+            "slots": self.slots,
+            "seen": seen.index_fill(0, self.slots, True).view(-1, width),
+        }
 
 
 def stack_views(views: list[View]) -> ViewBatch:
     """Views in the order of their image tokens."""
+    grids = torch.tensor([[1, MERGE * view.grid[0], MERGE * view.grid[1]] for view in views])
     return ViewBatch(
         torch.cat([view.patches for view in views]),
-        torch.tensor([[1, 2 * view.grid[0], 2 * view.grid[1]] for view in views]),
+        grids,
+        get_vision_position_ids(grids, MERGE),
+        padded_slots(grids.prod(1).tolist()),
         {name: torch.cat([getattr(view, name) for view in views]) for name in (*EMPTY, "code")},
     )
 
@@ -116,25 +122,26 @@ def stack_views(views: list[View]) -> ViewBatch:
 def encode(tower: nn.Module, views: ViewBatch) -> tuple[Tensor, Tensor]:
     """Merged tokens (tokens, D) in reading order, and patch features (4 * tokens, d) in the processor's order.
 
-    The tower has to be under `flat_patches`.
+    The tower has to be under `fast_tower`.
     """
-    out = tower(normalise(views.patches), views.grids)
+    out = tower(normalise(views.patches), views.grids, **views.layout())
     return out.pooler_output, out.last_hidden_state
 
 
 def dense_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the probes' cross-entropies, and each probe's accuracy on labelled places."""
-    total, accuracy = torch.zeros(()), {}
+    """Sum of the probes' cross-entropies, and each probe's accuracy on labelled places, not a number
+    where there are none."""
+    total, accuracy = next(iter(logits.values())).new_zeros(()), {}
     for name, value in logits.items():
         wanted = labels[name].reshape(-1)
-        if (wanted == IGNORE).all():
-            continue
         skip = EMPTY.get(name, IGNORE)
         weight = value.new_ones(value.shape[-1])
         if name in EMPTY:
             weight[skip] = EMPTY_WEIGHT
-        total = total + cross_entropy(value, wanted, weight=weight, ignore_index=IGNORE)
+        share = weight[wanted.clamp(min=0)].masked_fill(wanted == IGNORE, 0).sum()
+        loss = cross_entropy(value, wanted, weight=weight, ignore_index=IGNORE, reduction="sum")
+        total = total + loss / share.clamp(min=EMPTY_WEIGHT)  # nothing is labelled: zero, not 0 / 0
         seen = (wanted != IGNORE) & (wanted != skip)
-        hit = (value.argmax(-1) == wanted)[seen]
-        accuracy[name] = hit.float().mean().item() if len(hit) else float("nan")
-    return total, accuracy
+        accuracy[name] = ((value.argmax(-1) == wanted) & seen).sum() / seen.sum()
+    # one transfer for all of them: a GPU waits for each
+    return total, dict(zip(accuracy, torch.stack(list(accuracy.values())).tolist(), strict=True))

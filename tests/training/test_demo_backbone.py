@@ -1,11 +1,12 @@
 """The backbone's stages: losses fall, optimisers cover every weight, samples are what they say."""
 
 import random
+from dataclasses import replace
 
 import torch
 
 from modeling_qzoom.evaluation.pages import COLORS, SHAPES, WORDS
-from modeling_qzoom.training.demo_backbone import decoder_step, segment_hits, train_tower, training_parts
+from modeling_qzoom.training.demo_backbone import decoder_step, right_shares, train_tower, training_parts
 from modeling_qzoom.training.demo_data import (
     SCENES,
     DecoderSteps,
@@ -15,8 +16,9 @@ from modeling_qzoom.training.demo_data import (
     whole_sample,
 )
 from modeling_qzoom.training.demo_model import build_optimizers
+from modeling_qzoom.training.fast_tower import fast_tower
 from modeling_qzoom.training.packing import Packer
-from modeling_qzoom.training.tower import flat_patches, label_words
+from modeling_qzoom.training.tower import dense_loss, encode, label_words, stack_views
 from modeling_qzoom.training.views import IGNORE, NO_OBJECT, NO_WORD, normalise
 
 
@@ -34,7 +36,7 @@ def test_the_decoder_learns_a_batch(tokenizer, backbone) -> None:
     batch = packer([crop_sample(rng) for _ in range(4)])
     optimizers = build_optimizers(parts, 2e-3)
     losses = []
-    with flat_patches(backbone.model.visual):
+    with fast_tower(backbone.model.visual):
         for _ in range(8):
             loss, measures = decoder_step(backbone, parts["heads"], batch)
             losses.append(loss.item())
@@ -81,13 +83,35 @@ def test_labels_of_a_view_agree_with_the_page() -> None:
 
 
 def test_hits_are_counted_per_segment(tokenizer) -> None:
-    sample = crop_sample(random.Random(3))
-    batch = Packer(tokenizer)([sample])
-    wanted = batch.labels != IGNORE
-    hit = torch.ones(int(wanted.sum()), dtype=torch.bool)
-    assert all(right for _, right in segment_hits(batch, hit))
+    samples = [replace(crop_sample(random.Random(seed)), name="crop/") for seed in (3, 4)]
+    batch = Packer(tokenizer)(samples)
+    hit = torch.ones(int((batch.labels != IGNORE).sum()), dtype=torch.bool)
+    assert set(right_shares(batch, hit).values()) == {1.0}
     hit[0] = False
-    assert [right for _, right in segment_hits(batch, hit)] == [False] + [True] * (len(sample.segments) - 1)
+    kind, asked = batch.kinds[0][0], [kind for kinds in batch.kinds for kind in kinds]
+    assert kind.startswith("crop/")
+    assert right_shares(batch, hit)[kind] == 1 - 1 / asked.count(kind)
+
+
+def test_views_side_by_side_are_the_same_function(backbone) -> None:
+    views = stack_views([crop_sample(random.Random(seed)).view for seed in range(3)])
+    tower = backbone.model.visual
+    with torch.no_grad(), fast_tower(tower, side_by_side=False):
+        usual = encode(tower, views)
+    with torch.no_grad(), fast_tower(tower, side_by_side=True):
+        together = encode(tower, views)
+    for one, other in zip(together, usual, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_places_without_labels_cost_nothing(backbone, tokenizer) -> None:
+    views = stack_views([crop_sample(random.Random(5)).view])
+    labels = {name: torch.full_like(value, IGNORE) for name, value in views.labels.items()}
+    heads, embedding = training_parts(backbone, tokenizer)["heads"], backbone.get_input_embeddings().weight
+    with torch.no_grad(), fast_tower(backbone.model.visual):
+        logits = heads(*encode(backbone.model.visual, views), embedding)
+    loss, accuracy = dense_loss(logits, labels)
+    assert loss == 0 and all(value != value for value in accuracy.values())
 
 
 def test_a_flat_patch_embedding_is_the_same_function(backbone) -> None:
@@ -97,7 +121,7 @@ def test_a_flat_patch_embedding_is_the_same_function(backbone) -> None:
     embed = backbone.model.visual.patch_embed
     with torch.no_grad():
         usual = embed(both)
-        with flat_patches(backbone.model.visual):
+        with fast_tower(backbone.model.visual):
             torch.testing.assert_close(embed(flat), usual, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(embed(both), usual)
 
@@ -105,9 +129,10 @@ def test_a_flat_patch_embedding_is_the_same_function(backbone) -> None:
 def test_steps_are_a_function_of_seed_and_number(tokenizer) -> None:
     steps = DecoderSteps(tokenizer, {"crop": 1, "page": 1}, seed=3, steps=4)
     first, again, other = steps[2], steps[2], steps[3]
-    assert torch.equal(first[1].batch.input_ids, again[1].batch.input_ids)
-    assert torch.equal(first[1].batch.views.patches, again[1].batch.views.patches)
-    assert not torch.equal(first[0].batch.views.patches, other[0].batch.views.patches)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert torch.equal(first.views.patches, again.views.patches)
+    assert not torch.equal(first.views.patches, other.views.patches)
+    assert [{kind.partition("/")[0] for kind in kinds} for kinds in first.kinds] == [{"crop"}, {"page"}]
 
 
 def test_every_label_is_one_token_alone_and_in_a_sentence(tokenizer) -> None:
@@ -119,5 +144,5 @@ def test_every_label_is_one_token_alone_and_in_a_sentence(tokenizer) -> None:
 
 def test_steps_on_scenes_alone(tokenizer) -> None:
     steps = DecoderSteps(tokenizer, {"whole": 3, "search": 2}, seed=1, steps=2, kinds=SCENES)
-    labels = [part.batch.views.labels["word"] for number in range(2) for part in steps[number]]
+    labels = [steps[number].views.labels["word"] for number in range(2)]
     assert all(bool((words == NO_WORD).all()) for words in labels)  # no form, no text

@@ -7,8 +7,9 @@ import torch
 
 from modeling_qzoom.evaluation.synthetic import coarse_questions, code_question, draw_page
 from modeling_qzoom.training.demo_checkpoint import attach_branches
+from modeling_qzoom.training.fast_tower import fast_tower
 from modeling_qzoom.training.packing import Packer, Sample, Segment, answer_loss, embed
-from modeling_qzoom.training.tower import encode, flat_patches
+from modeling_qzoom.training.tower import encode
 from modeling_qzoom.training.views import IGNORE, View, cell_crop, normalise, whole_view
 
 
@@ -30,7 +31,7 @@ def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> No
     view = whole_view(page, 64)
     questions = [code_question(page, 0, random.Random(0)), coarse_questions(page)[0]]
     batch = Packer(tokenizer)([Sample(view, [Segment(question) for question in questions])])
-    with torch.no_grad(), flat_patches(model.model.visual):
+    with torch.no_grad(), fast_tower(model.model.visual):
         tokens, _ = encode(model.model.visual, batch.views)
         packed = model.model.language_model(
             inputs_embeds=embed(model, batch, tokens),
@@ -82,7 +83,7 @@ def test_packed_crops_train_what_forward_trains(tokenizer, backbone) -> None:
     crop, cells = cell_crop(page, page.entries[0].code_box, view.grid, 36, random.Random(1))
     question = code_question(page, 0, random.Random(0))
     batch = Packer(tokenizer)([Sample(view, [Segment(question, crop, cells)])])
-    with torch.no_grad(), flat_patches(vlm.model.visual):
+    with torch.no_grad(), fast_tower(vlm.model.visual):
         packed, _ = answer_loss(vlm, batch, encode(vlm.model.visual, batch.views)[0])
         alone = Packer(tokenizer)([Sample(view, [Segment(question)])])
         plain, _ = answer_loss(vlm, alone, encode(vlm.model.visual, alone.views)[0])
