@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ class Clock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lock = path, Lock()
 
     def read(self) -> dict[str, float]:
         """Seconds by step."""
@@ -93,10 +95,11 @@ class Clock:
         try:
             yield
         finally:
-            times = self.read()
-            times[name] = round(times.get(name, 0) + time.monotonic() - began, 1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(times, indent=2) + "\n")
+            with self.lock:  # seeds may run side by side
+                times = self.read()
+                times[name] = round(times.get(name, 0) + time.monotonic() - began, 1)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps(times, indent=2) + "\n")
 
 
 def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -175,6 +178,7 @@ def finish_seed(work: Path, clock: Clock, seed: int) -> Path:
     """Stages 2.5 and 3 and the calibration with a seed; returns the checkpoint's folder."""
     folder, mark = work / f"seed-{seed}", "" if seed == 0 else f", seed {seed}"
     refit = {"labels": work / "refit-labels", "output": folder / "refit", "reset": False, "seed": seed}
+    refit["trainer.num_train_epochs"] = 2  # the branch is trained already
     run_stage(clock, "train-regions", f"train-regions, re-fit{mark}", model=work / "fused", **refit)
     gate = {"labels": work / "gate-labels", "output": folder / "gated", "seed": seed}
     run_stage(clock, "train-gate", f"train-gate{mark}", model=folder / "refit", other_backbone=False, **gate)
@@ -194,12 +198,12 @@ def evaluate(folder: Path, output: Path, rows: int, *arguments: str) -> dict[str
     return json.loads(output.read_text())
 
 
-def write_spread(folders: list[Path], output: Path, rows: int) -> None:
+def write_spread(folders: list[Path], output: Path, rows: int, jobs: int = 1) -> None:
     """Measure the checkpoints of all seeds on the same rows, and write lowest, mean and highest of every figure."""
-    measured = []
-    for folder in folders:
-        options = ("--split", "test", "--seed", "2", "--ladder-rows", "0")
-        measured.append(evaluate(folder, folder.parent / "figures.json", rows, *options)["summary"])
+    options = ("--split", "test", "--seed", "2", "--ladder-rows", "0")
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda folder: evaluate(folder, folder.parent / "figures.json", rows, *options), folders)
+        measured = [figures["summary"] for figures in found]
     spread = {}
     for name in measured[0]:
         values = [figures[name] for figures in measured]
@@ -254,6 +258,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the backbone stages' numbers of steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the last stages; the first ships")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run side by side")
     parser.add_argument("--output", type=Path, default=ROOT / "hub_release" / "checkpoints" / "qzoom-demo")
     parser.add_argument("--rows", type=int, default=2000, help="fresh rows that the figures are measured on")
     parser.add_argument("--until", choices=["backbone", "labels", "seeds", "end"], default="end", help="where to stop")
@@ -267,10 +272,11 @@ def main() -> None:
     train_branches(work, clock)
     if arguments.until == "labels":
         return
-    finished = [finish_seed(work, clock, seed) for seed in arguments.seeds]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        finished = list(pool.map(lambda seed: finish_seed(work, clock, seed), arguments.seeds))
     output = arguments.output.resolve()
     if len(finished) > 1:
-        write_spread(finished, output.parent / f"{output.name}-seeds.json", arguments.rows // 4)
+        write_spread(finished, output.parent / f"{output.name}-seeds.json", arguments.rows // 4, arguments.jobs)
     if arguments.until == "end":
         publish(finished[0], output, clock, arguments.rows)
 
