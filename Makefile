@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+CLEAN := .venv-clean
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
@@ -47,9 +48,14 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(call timed,$(BIN)/python $(PYTEST))
 
+# torch, transformers and pillow alone, which several tests of the slow tier share
+$(CLEAN)/.ready: $(VENV)/.dev
+	$(call timed,$(BIN)/python -c "from hub_release.clean_env import make_environment as make; make('$(CLEAN)')")
+	@touch $@
+
 # clean environments, every block of the README, killed and restarted runs, two processes
-test-slow: $(VENV)/.dev
-	$(call timed,$(BIN)/python $(PYTEST) --durations 10 -m "slow and not gpu")
+test-slow: $(VENV)/.dev $(CLEAN)/.ready
+	$(call timed,QZOOM_CLEAN_PYTHON=$(CURDIR)/$(CLEAN)/bin/python $(BIN)/python $(PYTEST) --durations 10 -m "slow and not gpu")
 
 # the quick tier again, on the oldest transformers
 test-oldest: $(OLDEST)/.dev
@@ -66,7 +72,9 @@ format: $(VENV)/.dev
 
 # the API reference, build/docs/index.html
 docs: $(VENV)/.docs
-	$(call timed,$(BIN)/python -m pdoc --docformat google --output-directory build/docs modeling_qzoom)
+	$(call timed,$(BIN)/python -m pdoc --docformat google --output-directory build/docs modeling_qzoom \
+		modeling_qzoom.loading_qzoom modeling_qzoom.backbones_qzoom modeling_qzoom.training modeling_qzoom.evaluation \
+		'!modeling_qzoom.training.demo_.*')
 
 # the figures in the README, with the command that it names
 figures: $(VENV)/.train
@@ -82,4 +90,4 @@ ablations: $(VENV)/.train
 	$(call timed,$(BIN)/python hub_release/ablate_demo.py)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist out .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(CLEAN) build dist out .pytest_cache .ruff_cache .mypy_cache

@@ -1,7 +1,8 @@
-"""What pip installs: contents of wheel and sdist, and both of them in a clean environment, away from the checkout."""
+"""What pip installs: contents of wheel and sdist, both of them in a clean environment, and the API reference."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -141,3 +142,17 @@ def test_installed_package_loads_a_checkpoint(distributions, tmp_path):
 
     _run([*pip, "--force-reinstall", "--no-deps", sdist])
     _run([python, "-I", "-c", "from modeling_qzoom import overlay"], **away)
+
+
+def test_api_reference(tmp_path):
+    """`make docs`, into another folder."""
+    recipe = _run(["make", "-n", "docs"], cwd=ROOT)
+    command = next(line for line in recipe.splitlines() if "-m pdoc" in line)
+    arguments = shlex.split(command[command.index("-m pdoc") : command.index("; status")])
+    _run([sys.executable, *(str(tmp_path) if word == "build/docs" else word for word in arguments)], cwd=ROOT)
+    assert (tmp_path / "index.html").is_file()
+    assert 'id="QZoomForConditionalGeneration.generate"' in (tmp_path / "modeling_qzoom.html").read_text()
+    package = tmp_path / "modeling_qzoom"
+    assert 'id="QZoomLoadingMixin.from_backbone"' in (package / "loading_qzoom.html").read_text()
+    assert (package / "training" / "stage_configs.html").is_file()
+    assert not list(package.glob("training/demo_*"))

@@ -9,7 +9,7 @@ import torch
 
 import modeling_qzoom.decisions_qzoom as decisions
 
-from .tiny import Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
+from .tiny import FAMILIES, Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
 
 
 NEW_TOKENS = 3
@@ -31,6 +31,7 @@ CASES = [
     ("qwen3_vl", 1, "continuous"),
     ("llava", 3, None),
 ]
+CASES += [(family, 3, None) for family in FAMILIES if family not in {case[0] for case in CASES}]
 
 
 class CropSpy:
