@@ -1,4 +1,22 @@
-"""Quantized models: what stays in 16 bit, recipes of pre-quantized VLMs, and dense copies of quantized weights."""
+"""Quantized models: what stays in 16 bit, recipes of pre-quantized VLMs, and dense copies of quantized weights.
+
+`quantization_config=` of `from_pretrained` takes any recipe of transformers; nf4 (with or without double quantization)
+and int8 of bitsandbytes are tested, on the CPU too. Embeddings, norms, biases and convolutions are never quantized.
+Whatever a recipe's skip list says, these layers stay in 16 bit as well:
+
+- `lm_head`: transformers spares it only as long as a recipe has no skip list of its own.
+- `zoom.gate.head`: a single row, so nothing is saved, and its logit is held against a threshold.
+- `zoom.region.scorer`: the products of its queries and keys are the heat map, which is held against a threshold;
+  rounding them moves boxes.
+
+Put the vision tower on the skip list too (`llm_int8_skip_modules=["model.visual"]`, LLaVA: `"model.vision_tower"` and
+`"model.multi_modal_projector"`; names of the plain VLM): small print reaches the decoder through it alone. 4-bit
+kernels on the CPU also need widths that are multiples of 64, which Qwen2.5-VL's vision MLP (3420) has not.
+Names match from the start or as an ending: "visual" would match nothing below it.
+
+`from_backbone` quantizes the VLM alone: fresh branches are to be trained. A quantized model is saved with
+`save_pretrained` and loads again without a recipe.
+"""
 
 import contextlib
 import copy

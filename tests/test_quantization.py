@@ -1,23 +1,30 @@
 """4 and 8 bit with bitsandbytes on the CPU: what stays in 16 bit, and saving and loading what was quantized."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from hub_release.build import build
 from modeling_qzoom import QZoomForConditionalGeneration
+from modeling_qzoom.evaluation.asking import ask
+from modeling_qzoom.evaluation.synthetic import ask_question, draw_page
 
 from .loading_fixtures import CLOSE, VISION, answer, attach, plain_folder, weights_equal
-from .tiny import FAMILIES, tiny_vlm
+from .lora_support import needs_lora
+from .tiny import FAMILIES, Row, make_inputs, tiny_vlm
 
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
 load = QZoomForConditionalGeneration.from_pretrained
 KEPT = ("zoom.gate.head", "zoom.region.scorer.q_proj", "zoom.region.scorer.k_proj", "vlm.lm_head")
-# bitsandbytes says at every 8-bit product that it casts its input
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def nf4(skip: list[str] | None, **kwargs) -> BitsAndBytesConfig:
@@ -27,6 +34,19 @@ def nf4(skip: list[str] | None, **kwargs) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=skip,
         **kwargs,
+    )
+
+
+def recipe_of(kind: str, skip: list[str]) -> BitsAndBytesConfig:
+    """The recipes of the README: "nf4", "double" or "int8"."""
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=kind == "double",
+        llm_int8_skip_modules=skip,
     )
 
 
@@ -214,3 +234,90 @@ def test_bf16_checkpoint_in_nf4_keeps_bf16(qwen, tmp_path):
     expect_quantized_decoder_layers(model)
     assert {model.get_submodule(name).weight.dtype for name in KEPT} == {torch.bfloat16}
     assert answer(model, "qwen2_5_vl").report.zoomed
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(folder of the bundled checkpoint, questions, the unquantized model's answers to them)."""
+    folder = build(ROOT / "hub_release" / "checkpoints" / "qzoom-demo", tmp_path_factory.mktemp("demo") / "built")
+    assets = ROOT / "examples" / "assets"
+    bundled = json.loads((assets / "page.json").read_text())
+    page = Image.open(assets / bundled["image"])
+    rows = [(page, item["question"]) for item in bundled["questions"]]
+    for seed in range(5):
+        drawn, rng = draw_page(seed, kind="scene", split="test"), random.Random(seed)
+        rows += [(drawn.image, ask_question(drawn, kind, rng).text) for kind in ("coarse", "fine")]
+    return folder, rows, demo_answers(folder, rows)
+
+
+def load_demo(folder, **kwargs):
+    """As a user of the Hub does."""
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
+
+
+def demo_answers(model, rows) -> list:
+    folder = model if isinstance(model, Path) else model.config._name_or_path
+    model = load_demo(model) if isinstance(model, Path) else model
+    return list(ask(model, AutoProcessor.from_pretrained(folder, trust_remote_code=True), rows))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["nf4", "double", "int8"])
+def test_demo_answers(demo, tmp_path, kind, device):
+    """It says mostly what the unquantized model says; quantized once, saved and reloaded, it says the same again."""
+    folder, rows, expected = demo
+    model = load_demo(folder, quantization_config=recipe_of(kind, ["model.visual"]), device_map={"": device})
+    given = demo_answers(model, rows)
+    names = quantized_layers(model)
+    assert "zoom.region.layers.0.mlp.up_proj" in names and not any("visual" in name for name in names)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in KEPT)
+    for reply, reference in zip(given, expected, strict=True):
+        assert reply.text
+        report = reply.report
+        assert report.coarse_tokens == reference.report.coarse_tokens > 0
+        assert 0 <= report.gate_probability <= 1 and report.zoomed == (report.box is not None)
+    same = [reply.text == reference.text for reply, reference in zip(given, expected)]
+    decided = [reply.report.reason == reference.report.reason for reply, reference in zip(given, expected)]
+    assert sum(same) > len(rows) / 2 and sum(decided) > len(rows) / 2
+    model.save_pretrained(tmp_path)
+    loaded = load_demo(tmp_path, device_map={"": device})
+    assert quantized_layers(loaded) == names
+    loaded.config._name_or_path = str(folder)  # the processor's
+    again = demo_answers(loaded, rows)
+    assert [reply.text for reply in again] == [reply.text for reply in given]
+    assert [reply.report.box for reply in again] == [reply.report.box for reply in given]
+
+
+@needs_lora
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["nf4", "double", "int8"])
+def test_training_a_lora_on_a_quantized_base(qwen, tmp_path, kind, device):
+    """A few steps over the fused sequence move the adapter only, and an add-on brings it back."""
+    import peft
+
+    base, folder = qwen
+    recipe = recipe_of(kind, ["model.visual"])
+    model = load(folder, quantization_config=recipe, device_map={"": device}, base_model_name_or_path=base)
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=r"vlm\..*language_model.*\.(q_proj|v_proj)"))
+    model.train()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name and name.startswith("vlm.") for name in trained)
+    inputs = make_inputs("qwen2_5_vl", [Row(["look ", None, " what? 42"], [(3, 4)], 1)])
+    inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**inputs, labels=labels, zoom_boxes=[(0, 0, 60, 60)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval().save_addon(tmp_path / "addon")
+    loaded = load(tmp_path / "addon", quantization_config=recipe, device_map={"": device})
+    kept = {name: weight for name, weight in loaded.named_parameters() if "lora_" in name}
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(weight, trained[name]) for name, weight in kept.items())
