@@ -1,0 +1,87 @@
+"""What the examples share: the checkpoint they run on and the page they ask about. Your own code needs none of it."""
+
+import argparse
+import json
+import logging as python_logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hub_release.build import build  # noqa: E402
+
+
+CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
+DEMO = ROOT / "build" / "qzoom-demo"
+OUT = ROOT / "out"
+PAGE = ROOT / "examples" / "assets" / "page.png"
+_asked = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))["questions"]
+QUESTIONS = [item["question"] for item in _asked]
+FINE = next(item["question"] for item in _asked if item["kind"] == "fine")
+"""The question whose answer is in small print."""
+
+
+def demo_folder() -> Path:
+    """The bundled checkpoint as a folder that loads, made from its data and this package's code where it is missing or
+    older than they are."""
+    sources = [*CHECKPOINT.iterdir(), *(ROOT / "modeling_qzoom").glob("*.py")]
+    built = DEMO / "config.json"
+    if not built.exists() or built.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        fresh = build(CHECKPOINT, DEMO.with_name(f"qzoom-demo-{os.getpid()}"), force=True)
+        shutil.rmtree(DEMO, ignore_errors=True)
+        try:
+            fresh.rename(DEMO)
+        except OSError:  # another process was faster
+            shutil.rmtree(fresh)
+    return DEMO
+
+
+def arguments(description: str, **more: dict) -> argparse.Namespace:
+    """Options of an example: `--model`, and `more` by name, each with the keywords of `add_argument`."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # save_addon compares with the base weight by weight, from the disk
+    python_logging.getLogger("accelerate.big_modeling").setLevel(python_logging.ERROR)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub name of a Q-Zoom checkpoint; the bundled one by default")
+    for name, keywords in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
+    options = parser.parse_args()
+    options.model = options.model or str(demo_folder())
+    return options
+
+
+def load_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def plain_backbone(folder: str) -> str:
+    """The plain VLM inside a Q-Zoom checkpoint, saved as the repository that it might have come from."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    output = OUT / "plain-vlm"
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    model.vlm.save_pretrained(output)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.backbone_processor.save_pretrained(output)
+    return str(output)
+
+
+def demo_images(across: int = 4) -> Path:
+    """A folder with pieces of the bundled page."""
+    from PIL import Image
+
+    folder, page = OUT / "pieces", Image.open(PAGE)
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height = page.width // across, page.height // across
+    for place in range(across * across):
+        left, top, file = place % across * width, place // across * height, folder / f"{place:02}.png"
+        if not file.exists():  # several processes ask for it
+            page.crop((left, top, left + width, top + height)).save(file)
+    return folder
