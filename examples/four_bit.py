@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 
-# the vision tower stays in 16 bit; lm_head, the gate's head and the region scorer do so by themselves
+# The vision tower stays in 16 bit (LLaVA: "model.vision_tower", "model.multi_modal_projector"); lm_head, the gate's
+# head and the region scorer do so by themselves.
 kept = ["model.visual"]
 RECIPES = {
     "nf4": BitsAndBytesConfig(

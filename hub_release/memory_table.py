@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging
+from transformers.utils import is_bitsandbytes_available, logging
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,8 +248,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if options.measure and not torch.cuda.is_available():
-        print("error: --measure needs a CUDA device; without it the table is computed anywhere", file=sys.stderr)
+    problem = None
+    if not is_bitsandbytes_available():
+        problem = "layers are counted as bitsandbytes makes them: pip install 'qzoom[quantize]'"
+    elif options.measure and not torch.cuda.is_available():
+        problem = "--measure needs a CUDA device; without it the table is computed anywhere"
+    elif options.tokens < 4:
+        problem = f"--tokens must be at least 4, got {options.tokens}"
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
         return 1
     models = [MODELS[name] for name in options.models]
     table = []

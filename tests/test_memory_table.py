@@ -105,6 +105,11 @@ def test_command(monkeypatch, tmp_path, capsys):
     if not torch.cuda.is_available():
         assert main(["--measure"]) == 1
         assert "needs a CUDA device" in capsys.readouterr().err
+    assert main(["--tokens", "0"]) == 1
+    assert "at least 4, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(memory_table, "is_bitsandbytes_available", lambda: False)
+    assert main([]) == 1
+    assert "qzoom[quantize]" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
