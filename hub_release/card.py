@@ -15,6 +15,7 @@ from typing import Any
 from hub_release.card_texts import (
     CITATION,
     DEFAULT_LIMITS,
+    FIGURE_NAMES,
     FOUR_BIT,
     FOUR_BIT_STORED,
     OVERLAY,
@@ -230,6 +231,7 @@ def _figures(facts: Facts) -> str:
         parts.append(f"Measured with the full checkpoint, {other}; not measured again in this form.")
     try:
         parts.append(figure_table(held["figures"], held.get("shifted")))
+        parts.append(FIGURE_NAMES if "fine_accuracy_zoom" in held["figures"]["summary"] else None)
         parts.append(page_kind_table(held["figures"]))
         parts.append(spread_table(held["seeds"]) if "seeds" in held else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -73,6 +73,13 @@ CITATION = """\
 The method is Q-Zoom ([arXiv:2604.06912](https://arxiv.org/abs/2604.06912)), which extends SD-RPN
 ([arXiv:2509.16944](https://arxiv.org/abs/2509.16944)). The code is an independent implementation."""
 
+FIGURE_NAMES = """\
+`fine` questions ask for small print, `coarse` ones do not; accuracy is that of exact answers. `plain` is the VLM at
+the coarse budget, `plain_8x` at eight times it. `fine_accuracy_zoom` and `region_…` are measured with `zoom="always"`,
+`coarse_accuracy_zoom`, `zoomed_share_coarse`, `multi_…` (two places) and `absent_…` (not on the page) with the gate.
+`region_recall`: the box covers nine tenths of what was asked about; `region_area`: the box's share of the image;
+`gate_auroc`: how well the gate tells fine from coarse; `gating_loss`: accuracy always zoomed minus accuracy gated."""
+
 UNKNOWN_TRAINING = "Whoever built this card did not say."
 
 DEFAULT_LIMITS = """\

@@ -142,16 +142,23 @@ def _check_head(head: dict[str, Any], folder: Path, base: str | None) -> Finding
         )
 
 
-def _check_conditions(config: dict[str, Any], conditions: dict[str, Any]) -> Findings:
-    """Figures that were measured with other thresholds are another checkpoint's."""
+def _check_conditions(folder: Path, conditions: dict[str, Any]) -> Findings:
+    """Figures that were measured with other thresholds or budgets are another checkpoint's."""
     if conditions.get("effort") is not None or "--option" in conditions.get("command", ""):
         return
-    threshold = config.get("gate_threshold") if config.get("has_gate", True) else None
-    if conditions.get("gate_threshold") != threshold:
-        yield (
-            f"{EVALUATION}/figures.json is stale: it was measured at the gate threshold "
-            f"{conditions.get('gate_threshold')}, config.json has {threshold}"
-        )
+    config, processor = read_json(folder / "config.json"), read_json(folder / "processor_config.json")
+    coarse = [processor.get("min_tokens"), processor.get("max_tokens")]
+    here = {
+        "gate_threshold": config.get("gate_threshold") if config.get("has_gate", True) else None,
+        "region_threshold": [config.get("region_threshold"), config.get("region_threshold_mode")],
+        "coarse_budget": None if None in coarse else coarse,
+    }
+    for name, value in here.items():
+        if name in conditions and value is not None and conditions[name] != value:
+            yield (
+                f"{EVALUATION}/figures.json is stale: it was measured with {name} {conditions[name]}, the checkpoint "
+                f"has {value}"
+            )
 
 
 def check_card(folder: Path) -> Findings:
@@ -171,7 +178,7 @@ def check_card(folder: Path) -> Findings:
     facts = read_facts(folder, name)
     yield from (f"README.md: {sentence}; build again" for sentence in stale_sections(text, facts))
     if "figures" in facts.figures:
-        yield from _check_conditions(config, facts.figures["figures"].get("conditions", {}))
+        yield from _check_conditions(folder, facts.figures["figures"].get("conditions", {}))
 
 
 CHECKS: dict[str, Callable[[Path], Findings]] = {

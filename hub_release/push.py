@@ -20,7 +20,7 @@ from transformers.utils import logging  # noqa: E402
 
 from hub_release.card import rename  # noqa: E402
 from hub_release.repository import files_of, is_repository  # noqa: E402
-from hub_release.verify import add_environment_options, verify  # noqa: E402
+from hub_release.verify import add_environment_options, environment_options, verify  # noqa: E402
 
 
 MAIN = "main"
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    problems = verify(options.folder, python=options.python, base_folder=options.base_folder, tell=print)
+    problems = verify(options.folder, **environment_options(options), tell=print)
     if problems:
         print(f"error: {options.folder} is not sent: {problems[0]}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ of an environment that exists already, `--here` takes this one. The last line is
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from hub_release.repository import (  # noqa: E402
 
 PAGE = ROOT / "examples" / "assets" / "page.png"
 QUESTION = "what is the code on the blue circle?"
+TIMEOUT = 3600.0
 # any checkpoint zooms so: a gate that is open for everything, and a region wherever its map is highest
 ZOOMED = {"gate_threshold": 0.0, "region_threshold": 0.6, "region_threshold_mode": "peak", "max_new_tokens": 8}
 
@@ -61,12 +63,23 @@ def _wrong_in(result: dict[str, Any], folder: Path) -> list[str]:
     return wrong
 
 
-def check_loading(folder: Path, python: str | Path | None = None, base_folder: str | Path | None = None) -> list[str]:
+def _cause(error: Exception) -> str:
+    """What went wrong at last, of what a process said."""
+    return str(error).strip().splitlines()[-1]
+
+
+def check_loading(
+    folder: Path,
+    python: str | Path | None = None,
+    base_folder: str | Path | None = None,
+    timeout: float = TIMEOUT,
+) -> list[str]:
     """Loads a folder where our package is not, and asks it the same question in every way.
 
     Args:
         python: Interpreter; by default that of a virtual environment made now.
-        base_folder: Where an add-on's base model is, if it is not to be fetched from the Hub.
+        base_folder: Where an add-on's base model is.
+        timeout: In seconds, for loading and asking.
 
     Returns:
         What was wrong, one sentence each.
@@ -74,14 +87,21 @@ def check_loading(folder: Path, python: str | Path | None = None, base_folder: s
     Raises:
         BuildError: The environment could not be made, or the folder could not be loaded or asked in it.
     """
-    options = {} if base_folder is None else {"base_model_name_or_path": str(Path(base_folder).resolve())}
+    is_addon = variant_of(read_json(folder / "config.json"), stored_tensors(folder)) == "addon"
+    if is_addon and base_folder is None:
+        raise BuildError("an add-on is proven together with its base model; say where that is with --base-folder")
+    options = {"base_model_name_or_path": str(Path(base_folder).resolve())} if is_addon else {}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             where = python or make_environment(Path(scratch) / "environment", needed_packages(folder))
-            result = probe(folder, PAGE, QUESTION, python=where, options=ZOOMED, model_options=options)
         except RuntimeError as error:
-            cause = str(error).strip().splitlines()[-1]
-            raise BuildError(f"it cannot be loaded there: {cause}") from error
+            raise BuildError(f"no clean environment could be made; name one with --python. {_cause(error)}") from error
+        try:
+            result = probe(
+                folder, PAGE, QUESTION, python=where, options=ZOOMED, model_options=options, timeout=timeout
+            )
+        except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+            raise BuildError(f"it cannot be used there: {_cause(error)}") from error
     return _wrong_in(result, folder)
 
 
@@ -90,12 +110,13 @@ def verify(
     *,
     python: str | Path | None = None,
     base_folder: str | Path | None = None,
+    timeout: float = TIMEOUT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Everything that keeps a folder from being published.
 
     Args:
-        python, base_folder: As of `check_loading`.
+        python, base_folder, timeout: As of `check_loading`.
         tell: Takes a line about every check that has ended.
 
     Returns:
@@ -118,7 +139,7 @@ def verify(
         tell("loading    not tried before the above is right")
         return problems
     try:
-        note("loading", check_loading(folder, python, base_folder))
+        note("loading", check_loading(folder, python, base_folder, timeout))
     except BuildError as error:
         note("loading", [str(error)])
         tell(str(error.__cause__ or ""))
@@ -133,6 +154,12 @@ def add_environment_options(parser: argparse.ArgumentParser) -> None:
         "--here", action="store_const", const=sys.executable, dest="python", help="use this interpreter"
     )
     parser.add_argument("--base-folder", type=Path, metavar="FOLDER", help="where an add-on's base is on this machine")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="for loading and asking")
+
+
+def environment_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What `add_environment_options` has added, as arguments of `verify`."""
+    return {name: getattr(parsed, name) for name in ("python", "base_folder", "timeout")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()  # what transformers would report is told below
     logging.disable_progress_bar()
-    problems = verify(options.folder, python=options.python, base_folder=options.base_folder, tell=print)
+    problems = verify(options.folder, **environment_options(options), tell=print)
     print(f"verdict: {options.folder} " + (f"is refused: {problems[0]}" if problems else "can be published"))
     return 1 if problems else 0
 

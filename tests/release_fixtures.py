@@ -1,14 +1,19 @@
 """Tiny checkpoints as data-only folders and as built ones, and a tokenizer for the golden cases."""
 
+import atexit
 import json
+import os
 import shutil
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hub_release.build import build
+from hub_release.clean_env import make_environment
 
 from .golden import load_case
 from .loading_fixtures import ZOOM_CONFIG, attach
@@ -36,6 +41,17 @@ FIGURES = {
         "dtype": "float32",
     },
 }
+
+
+@cache
+def clean_python() -> str:
+    """An interpreter with torch, transformers and pillow only, made once a run; QZOOM_CLEAN_PYTHON may name one."""
+    given = os.environ.get("QZOOM_CLEAN_PYTHON")
+    if given:
+        return given
+    folder = tempfile.mkdtemp(prefix="qzoom-clean-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(make_environment(folder))
 
 
 def data_folder(family: str, folder: Path) -> Path:

@@ -43,6 +43,11 @@ def test_file_can_be_published(path):
             assert not text, f"{path.name}: import text in a string"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("hub_release/*.py")), ids=lambda path: path.stem)
+def test_release_scripts_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than one idea"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("modeling_qzoom/**/*.py")), ids=lambda path: path.stem)
 def test_library_files_are_short_and_silent(path):
     source = path.read_text()

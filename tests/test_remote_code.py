@@ -13,12 +13,12 @@ import torch
 import modeling_qzoom
 from hub_release import build as build_module
 from hub_release.build import AUTO_MAPS, BuildError, build, published_files
-from hub_release.clean_env import disagreements, make_environment, probe
+from hub_release.clean_env import disagreements, probe
 from modeling_qzoom import QZoomForConditionalGeneration
 
 from .loading_fixtures import attach, edit_weights, plain_folder, weights_equal
 from .processing_fixtures import PROCESSORS, noise
-from .release_fixtures import built_folder, data_folder
+from .release_fixtures import built_folder, clean_python, data_folder
 from .tiny import FAMILIES, tiny_vlm
 
 
@@ -212,19 +212,12 @@ def test_arguments_through_auto_classes(built, tmp_path):
 # --- clean environments ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def clean_python(tmp_path_factory):
-    """QZOOM_CLEAN_PYTHON names the interpreter of an environment that exists already."""
-    given = os.environ.get("QZOOM_CLEAN_PYTHON")
-    return given or make_environment(tmp_path_factory.mktemp("environment"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_clean_environment(clean_python, image, tmp_path, family):
+def test_clean_environment(image, tmp_path, family):
     """With torch, transformers and pillow alone, every door answers as it does here."""
     folder = built_folder(family, tmp_path)
-    clean = probe(folder, image, "what is the code?", python=clean_python, options=OPTIONS)
+    clean = probe(folder, image, "what is the code?", python=clean_python(), options=OPTIONS)
     assert clean["present"] == []
     assert disagreements(clean["answers"]) == []
     here = probe(folder, image, "what is the code?", options=OPTIONS)

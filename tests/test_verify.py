@@ -1,7 +1,6 @@
 """A repository that is right passes; one with one thing wrong is refused for that reason."""
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -20,7 +19,14 @@ from hub_release.verify import needed_packages, verify
 from modeling_qzoom import QZoomForConditionalGeneration
 
 from .loading_fixtures import edit_weights
-from .release_fixtures import DEMO, converted_golden, data_folder, golden_tokenizer, published_folder
+from .release_fixtures import (
+    DEMO,
+    clean_python,
+    converted_golden,
+    data_folder,
+    golden_tokenizer,
+    published_folder,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,7 +225,7 @@ def test_figures_of_another_calibration(tmp_path):
     conditions = {"command": "measure", "gate_threshold": 0.4, "effort": None}
     (tmp_path / "data-figures.json").write_text(json.dumps({"summary": {"a": 0.5}, "conditions": conditions}))
     found = findings(build(data, tmp_path / "built", licence="mit"))
-    assert len(found) == 1 and "measured at the gate threshold 0.4, config.json has 0.1" in found[0]
+    assert len(found) == 1 and "measured with gate_threshold 0.4, the checkpoint has 0.1" in found[0]
 
 
 def test_several_things_wrong_are_all_told(folder):
@@ -278,6 +284,7 @@ def test_demo_checkpoint_as_an_addon_passes(tmp_path):
     (base / "LICENSE").write_text("terms")
     folder = build(DEMO, tmp_path / "addon", variant="addon", base="someone/base", base_folder=base)
     assert verify(folder, python=sys.executable, base_folder=base) == []
+    assert "say where that is with --base-folder" in verify(folder, python=sys.executable)[0]
     assert "peft" not in needed_packages(folder)
 
 
@@ -291,7 +298,18 @@ def test_converted_golden_checkpoint_passes(case, tmp_path):
 def test_what_only_running_shows_is_refused_too(folder, capsys):
     add_line("reports_qzoom.py", '\nraise RuntimeError("broken on arrival")\n')(folder)
     status, lines = verdict(capsys, folder, "--here")
-    assert status == 1 and "it cannot be loaded there: RuntimeError: broken on arrival" in lines[-1]
+    assert status == 1 and "it cannot be used there: RuntimeError: broken on arrival" in lines[-1]
+
+
+def test_environments_that_are_of_no_use(folder, tmp_path, monkeypatch):
+    assert "it cannot be used there: " in verify(folder, python=tmp_path / "no-python")[0]
+    assert "timed out after 0.1 seconds" in verify(folder, python=sys.executable, timeout=0.1)[0]
+
+    def fail(*arguments):
+        raise RuntimeError("pip install torch failed: \nno index")
+
+    monkeypatch.setattr(verify_module, "make_environment", fail)
+    assert verify(folder) == ["no clean environment could be made; name one with --python. no index"]
 
 
 def test_the_verdict_comes_last(folder, tmp_path, capsys):
@@ -324,15 +342,13 @@ def test_what_a_clean_process_reports_is_judged(published):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["full", "addon", "4bit"])
 def test_demo_in_clean_environments(variant, tmp_path):
-    """As the commands are meant to be used; environments that exist may be named in QZOOM_CLEAN_PYTHON."""
-    base, options = tmp_path / "base", []
+    """The commands themselves; for 4 bit in an environment that verify.py makes, with what that needs."""
+    base, named, options = tmp_path / "base", [], []
     if variant == "addon":
         QZoomForConditionalGeneration.from_pretrained(DEMO).vlm.save_pretrained(base)
         (base / "LICENSE").write_text("terms")
-        options = ["--base-folder", str(base)]
-    named = ["--base", "someone/base"] if variant == "addon" else []
-    ready = os.environ.get("QZOOM_CLEAN_PYTHON") if variant != "4bit" else None
-    where = ["--python", ready] if ready else []
+        named, options = ["--base", "someone/base"], ["--base-folder", str(base)]
+    where = [] if variant == "4bit" else ["--python", clean_python()]
     for script, arguments in (
         ("build.py", [str(DEMO), str(tmp_path / "out"), "--variant", variant, *named, *options]),
         ("verify.py", [str(tmp_path / "out"), *where, *options]),
