@@ -163,6 +163,10 @@ WRONG = {
         r"zoom\.gate\.head\.bias has the shape \(2,\) instead of \(1,\)",
     ),
     "other K": (fields("config.json", branch_layer=9), "config.json describes no model: .*exceeds the VLM's 6"),
+    "stray weights": (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"),
+        r"model-00001-of-00002\.safetensors is read by nobody",
+    ),
     "cut off": (cut, r"model\.safetensors is cut off or damaged"),
     "local base": (
         lambda folder: [
