@@ -211,12 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--license", dest="licence", metavar="ID", help="of the weights, e.g. apache-2.0")
     parser.add_argument("--max-shard-size", metavar="SIZE", help='split the weights, e.g. "5GB"')
     options = vars(parser.parse_args(arguments))
+    checkpoint, output = options.pop("checkpoint"), options.pop("output")
     try:
-        folder = build(options.pop("checkpoint"), options.pop("output"), **options)
+        folder = build(checkpoint, output, **options)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if dropped := left_out(parser.parse_args(arguments).checkpoint):
+    if dropped := left_out(checkpoint):
         print(f"left out, as no part of a repository: {', '.join(dropped)}")
     print(f"built {folder}")
     return 0

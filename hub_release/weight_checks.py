@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hub_release.repository import StoredTensor, is_repository, read_json, stored_tensors, variant_of
+from hub_release.repository import (
+    StoredTensor,
+    files_of,
+    is_repository,
+    read_json,
+    stored_tensors,
+    variant_of,
+)
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 
 
@@ -71,6 +78,9 @@ def check_weights(folder: Path) -> Iterator[str]:
     """
     fields, stored = read_json(folder / "config.json"), stored_tensors(folder)
     variant = variant_of(fields, stored)
+    read = {tensor.file for tensor in stored.values()}
+    others = (name for name in files_of(folder) if name.endswith(".safetensors") and "/" not in name)
+    yield from (f"{name} is read by nobody, or instead of what the index lists" for name in others if name not in read)
     names = {name: tensor for name, tensor in stored.items() if _owner(name, stored) is None}
     try:
         info = _assign(QZoomConfig.from_pretrained(folder), names)
