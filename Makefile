@@ -64,7 +64,7 @@ test-oldest: $(OLDEST)/.dev
 test-all: test test-slow test-oldest
 
 lint: $(VENV)/.dev
-	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
+	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 
@@ -41,7 +42,7 @@ def _with_vlm_prefix(names: list[str]) -> list[str]:
     return [*names, *prefixed]
 
 
-def protect_from_quantization(quantization_config, names: tuple[str, ...]):
+def protect_from_quantization(quantization_config: Any, names: tuple[str, ...]) -> Any:
     """A copy of a quantization configuration whose skip list holds `names` besides the caller's own.
 
     Args:
@@ -69,7 +70,7 @@ def is_quantized(parameter: Tensor) -> bool:
     return not (parameter.is_floating_point() or parameter.is_complex())
 
 
-def aligned(module: nn.Module):
+def aligned(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A context in which a module's own offloaded weights are present."""
     if not is_accelerate_available():
         return contextlib.nullcontext()
@@ -85,7 +86,7 @@ def restore_storage_format(module: nn.Module) -> None:
     after it has been used would differ. The next use packs them again.
     """
     for child in module.modules():
-        weight = getattr(child, "weight", None)
+        weight: Any = getattr(child, "weight", None)
         if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             continue
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -98,7 +99,7 @@ def restore_storage_format(module: nn.Module) -> None:
         weight.quant_state = state
 
 
-def forget_unpacking(model) -> None:
+def forget_unpacking(model: PreTrainedModel) -> None:
     """Lets a model whose 4-bit weights were read from a checkpoint be saved again.
 
     On saving, transformers undoes the steps by which it has read a checkpoint. The step that reads packed weights has
@@ -146,7 +147,7 @@ def dense_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     return state
 
 
-def keep_output_embedding_dense(model) -> None:
+def keep_output_embedding_dense(model: PreTrainedModel) -> None:
     """Dequantizes an output embedding that its checkpoint holds quantized, and puts it on the skip list."""
     head = model.get_output_embeddings()
     if head is None or not is_quantized(head.weight):
@@ -158,13 +159,13 @@ def keep_output_embedding_dense(model) -> None:
     _set_recipe(model, protect_from_quantization(recipe, UNQUANTIZED))
 
 
-def _set_recipe(model, recipe) -> None:
+def _set_recipe(model: PreTrainedModel, recipe: Any) -> None:
     model.config.quantization_config = recipe
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.quantization_config = recipe
 
 
-def adopt_quantizer(model, vlm: nn.Module) -> None:
+def adopt_quantizer(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
     """Makes a Q-Zoom model around a quantized VLM one that saves and loads as a quantized model.
 
     The VLM's recipe moves to the top of the config, where loading looks for it, with names of the whole model.
@@ -190,7 +191,7 @@ def execution_device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
 
-def adopt_placement(model, vlm: nn.Module, device: torch.device) -> None:
+def adopt_placement(model: PreTrainedModel, vlm: PreTrainedModel, device: torch.device) -> None:
     """Takes a VLM's device map over, and makes the branches fetch their inputs.
 
     Args:

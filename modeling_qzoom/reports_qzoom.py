@@ -1,7 +1,9 @@
 """What happened to one prompt row."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from .regions_qzoom import Box, Rectangle
@@ -69,7 +71,7 @@ class ZoomReport:
 
         return notebook_html(self)
 
-    def overlay(self, image, **kwargs):
+    def overlay(self, image: Any, **kwargs: Any) -> Image.Image:
         """The image with heat map, box and a caption; see `visualization_qzoom.overlay`.
 
         Args:

@@ -35,7 +35,10 @@ _REASONS = {
 }
 
 # why the gate was not asked, where the report knows whether there is one
-_FORCED = {True: 'zoomed: zoom="always", the gate was not asked', False: "zoomed: this checkpoint has no gate"}
+_FORCED: dict[bool | None, str] = {
+    True: 'zoomed: zoom="always", the gate was not asked',
+    False: "zoomed: this checkpoint has no gate",
+}
 _SHADES = "·░▒▓█"  # cold to hot; the first is a place that an overlay does not tint
 _WIDEST_MAP = 48  # cells in a line of text
 _CELL_SIDE, _LARGEST_MAP = 24, 384  # display pixels of the heat map in a notebook
@@ -213,7 +216,7 @@ def notebook_html(report: Any) -> str:
     return f"<div>{''.join(parts)}</div>"
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Breaks a text between words so that its lines fit a width in pixels; a longer word stays whole."""
     lines = [""]
     for word in text.split():

@@ -1,6 +1,7 @@
 """Stages that make the demo's backbone: dense tower pretraining, then the decoder's curriculum."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def train_tower(
     Args:
         views: Views per step.
     """
-    model, heads = parts["model"], parts["heads"]
+    model: Any = parts["model"]
+    heads = parts["heads"]
     embedding = model.get_input_embeddings()
     model.language_model.layers.requires_grad_(False)
     model.language_model.norm.requires_grad_(False)
@@ -101,7 +103,7 @@ def train_decoder(
     """
 
     def step_loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        return decoder_step(model, parts["heads"], batch)
+        return decoder_step(model, cast(DenseHeads, parts["heads"]), batch)
 
     optimizers = build_optimizers(parts, lr, tower_share=0.4)
     with fast_tower(model.model.visual):

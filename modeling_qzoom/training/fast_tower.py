@@ -55,12 +55,13 @@ class SideBySideAttention(Qwen2_5_VLVisionAttention):
             room = value.new_zeros(seen.numel(), *value.shape[1:]).index_copy(0, slots, value)
             padded.append(room.view(*seen.shape, *value.shape[1:]).transpose(1, 2))
         mask = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1)
-        mixed = scaled_dot_product_attention(*padded, attn_mask=mask, scale=self.scaling)
+        query, key, value = padded
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         return self.proj(mixed.transpose(1, 2).reshape(seen.numel(), -1).index_select(0, slots))
 
 
 @contextmanager
-def fast_tower(tower: nn.Module, side_by_side: bool | None = None) -> Iterator[None]:
+def fast_tower(tower: Any, side_by_side: bool | None = None) -> Iterator[None]:
     """Within it the tower takes one temporal copy of its patches, and what `tower.encode` passes beside them.
 
     Args:

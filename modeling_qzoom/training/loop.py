@@ -3,9 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -73,7 +73,7 @@ def fit(
         load_state(module, running)
         first = load_step(running)
         logger.info("%s resumes at step %d", path.stem, first)
-    count = len(steps)
+    count = len(cast(Sized, steps))
     # drawing pages takes long; other processes do it meanwhile, each a step of its own
     workers = max(1, (os.cpu_count() or 1) - 1)
     loader = DataLoader(steps, batch_size=None, sampler=range(first, count), num_workers=workers, prefetch_factor=4)

@@ -56,8 +56,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        moved = [part.to(device) for part in (self.input_ids, self.positions, self.segment, self.labels)]
-        return Batch(*moved, self.views.to(device), self.kinds)
+        ids, positions, segment, labels = (
+            part.to(device) for part in (self.input_ids, self.positions, self.segment, self.labels)
+        )
+        return Batch(ids, positions, segment, labels, self.views.to(device), self.kinds)
 
     @property
     def mask(self) -> torch.Tensor:
