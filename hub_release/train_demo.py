@@ -8,6 +8,7 @@ interrupted run goes on where it stopped; `times.json` there adds up what each s
 import argparse
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -27,15 +28,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from hub_release.figure_tables import figure_table, page_kind_table, spread_table  # noqa: E402
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
 from modeling_qzoom.evaluation.synthetic import question_corpus  # noqa: E402
 from modeling_qzoom.training.demo_backbone import train_decoder, train_tower, training_parts  # noqa: E402
-from modeling_qzoom.training.demo_checkpoint import (  # noqa: E402
-    figure_table,
-    write_attached,
-    write_card,
-    write_checkpoint,
-)
+from modeling_qzoom.training.demo_checkpoint import write_attached, write_card, write_checkpoint  # noqa: E402
 from modeling_qzoom.training.demo_data import ALL_KINDS, SCENES  # noqa: E402
 from modeling_qzoom.training.demo_model import build_backbone, demo_config  # noqa: E402
 from modeling_qzoom.training.loop import load_state  # noqa: E402
@@ -124,8 +121,9 @@ def train_backbone(work: Path, scale: float, device: str, clock: Clock) -> None:
     newest = max((index for index, path in enumerate(paths) if path.exists()), default=-1)
     if newest >= 0:
         load_state(parts, paths[newest])
+    place = torch.cuda.get_device_name() if device.startswith("cuda") else "a CPU"
     for index in range(newest + 1, len(paths)):
-        with clock.step(paths[index].stem):
+        with clock.step(f"{paths[index].stem} ({place})"):
             if index == 0:
                 train_tower(parts, round(TOWER_STEPS * scale), paths[0], TOWER_VIEWS)
                 continue
@@ -211,16 +209,6 @@ def write_spread(folders: list[Path], output: Path, rows: int, jobs: int = 1) ->
     output.write_text(json.dumps({"seeds": len(folders), "rows": rows, "spread": spread}, indent=2) + "\n")
 
 
-def spread_table(path: Path) -> str:
-    """The spread over seeds in Markdown."""
-    held = json.loads(path.read_text())
-    lines = [f"{held['seeds']} seeds of the last stages, {held['rows']} test rows each:", ""]
-    lines += ["| figure | lowest | mean | highest |", "|---|---|---|---|"]
-    for name, found in held["spread"].items():
-        lines.append(f"| {name} | {found['lowest']:.3f} | {found['mean']:.3f} | {found['highest']:.3f} |")
-    return "\n".join(lines)
-
-
 def write_readme(text: str) -> None:
     """Put the figures between the README's two markers."""
     path = ROOT / "README.md"
@@ -229,7 +217,23 @@ def write_readme(text: str) -> None:
     path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
 
 
-def publish(source: Path, output: Path, clock: Clock, rows: int) -> None:
+def history_of(times: dict[str, float]) -> str:
+    """How long the checkpoint took, of what `Clock` kept; further seeds do not count."""
+    minutes = {"backbone": 0.0, "stages": 0.0}
+    place = "a CPU"
+    for name, seconds in times.items():
+        if match := re.fullmatch(r"\d-\w+ \((.*)\)", name):
+            place = match[1]
+            minutes["backbone"] += seconds / 60
+        elif "seed" not in name:
+            minutes["stages"] += seconds / 60
+    return (
+        f"Trained from nothing by `hub_release/train_demo.py`: the backbone in {minutes['backbone']:.0f} minutes on "
+        f"{place}, the stages of Q-Zoom after it in {minutes['stages']:.0f} minutes on CPU cores."
+    )
+
+
+def publish(source: Path, output: Path, clock: Clock, rows: int, jobs: int = 1) -> None:
     """Write the checkpoint, measure it, and put the figures into its card and the README."""
     model, processor = QZoomForConditionalGeneration.from_pretrained(source), QZoomProcessor.from_pretrained(source)
     write_checkpoint(model, processor, output)
@@ -239,14 +243,15 @@ def publish(source: Path, output: Path, clock: Clock, rows: int) -> None:
         beside[name].unlink(missing_ok=True)
     relative = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
     picture = ("--pareto", "examples/assets/pareto.png", "--page-kinds")
-    table = figure_table(
-        evaluate(relative, beside["figures"], rows, "--split", "test", "--seed", "1", *picture),
-        evaluate(relative, beside["shifted"], rows // 4, "--split", "shifted", "--seed", "1", "--ladder-rows", "0"),
-    )
+    shifted = ("--split", "shifted", "--seed", "1", "--ladder-rows", "0")
+    with ThreadPoolExecutor(jobs) as pool:
+        test = pool.submit(evaluate, relative, beside["figures"], rows, "--split", "test", "--seed", "1", *picture)
+        other = pool.submit(evaluate, relative, beside["shifted"], rows // 4, *shifted)
+    figures = test.result()
+    parts = [figure_table(figures, other.result()), page_kind_table(figures)]
     if beside["seeds"].exists():
-        table += "\n\n" + spread_table(beside["seeds"])
-    minutes = sum(seconds for name, seconds in clock.read().items() if "seed" not in name) / 60
-    history = f"Trained from nothing in {minutes:.0f} minutes on a CPU by `hub_release/train_demo.py`."
+        parts.append(spread_table(json.loads(beside["seeds"].read_text())))
+    table, history = "\n\n".join(part for part in parts if part), history_of(clock.read())
     write_card(output, model, table, history)
     write_readme(table + "\n\n" + history)
 
@@ -278,7 +283,7 @@ def main() -> None:
     if len(finished) > 1:
         write_spread(finished, output.parent / f"{output.name}-seeds.json", arguments.rows // 4, arguments.jobs)
     if arguments.until == "end":
-        publish(finished[0], output, clock, arguments.rows)
+        publish(finished[0], output, clock, arguments.rows, arguments.jobs)
 
 
 if __name__ == "__main__":

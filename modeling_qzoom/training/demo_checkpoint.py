@@ -109,30 +109,6 @@ def write_attached(
     build_processor(tokenizer).save_pretrained(folder)
 
 
-def _interval(measured: dict[str, Any], name: str) -> str:
-    low, high = measured.get("intervals", {}).get(name, (None, None))
-    return "" if low is None else f"{low:.3f} – {high:.3f}"
-
-
-def figure_table(measured: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
-    """Figures with 95 % intervals and their conditions, as `python -m modeling_qzoom.evaluation` wrote them.
-
-    Args:
-        measured: On the test split.
-        shifted: On the split of other fonts and layouts.
-    """
-    lines = ["| figure | test | 95 % interval | shifted |", "|---|---|---|---|"]
-    for name, value in measured["summary"].items():
-        beside = "" if shifted is None else f"{shifted['summary'][name]:.3f}"
-        lines.append(f"| {name} | {value:.3f} | {_interval(measured, name)} | {beside} |")
-    for name, value in measured.get("other", {}).items():
-        if name.startswith(("multi_", "absent_")):
-            beside = "" if shifted is None else f"{shifted['other'][name]:.3f}"
-            lines.append(f"| {name} | {value:.3f} | | {beside} |")
-    conditions = ", ".join(f"{name} {value}" for name, value in measured["conditions"].items() if name != "command")
-    return "\n".join(lines) + f"\n\n`{measured['conditions']['command']}`: {conditions}."
-
-
 def write_card(folder: Path, model: QZoomForConditionalGeneration, figures: str, history: str) -> None:
     """Write the model card.
 

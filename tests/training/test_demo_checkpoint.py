@@ -11,7 +11,7 @@ from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 from modeling_qzoom.evaluation.asking import ask
 from modeling_qzoom.evaluation.metrics import covered_share
 from modeling_qzoom.evaluation.synthetic import draw_rows
-from modeling_qzoom.training.demo_checkpoint import LARGEST_BYTES, build_processor, figure_table, write_checkpoint
+from modeling_qzoom.training.demo_checkpoint import LARGEST_BYTES, build_processor, write_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,17 +64,3 @@ def test_what_is_written_loads_and_has_no_code(tokenizer, model, tmp_path) -> No
     second = processor(images=[image], text="<|vision_start|><|image_pad|><|vision_end|>red 472")
     assert torch.equal(first["input_ids"], second["input_ids"])
     assert torch.equal(first["pixel_values"], second["pixel_values"])
-
-
-def test_the_figure_table_names_its_conditions_and_both_splits() -> None:
-    measured = {
-        "summary": {"a": 0.25},
-        "intervals": {"a": [0.2, 0.3]},
-        "other": {"multi_accuracy_zoom": 0.5, "rows": 3},
-        "conditions": {"command": "run it", "dtype": "float32"},
-    }
-    shifted = {"summary": {"a": 0.125}, "other": {"multi_accuracy_zoom": 0.0}}
-    table = figure_table(measured, shifted)
-    assert "| a | 0.250 | 0.200 – 0.300 | 0.125 |" in table
-    assert "| multi_accuracy_zoom | 0.500 | | 0.000 |" in table and "rows" not in table
-    assert "`run it`: dtype float32." in table

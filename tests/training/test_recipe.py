@@ -39,7 +39,20 @@ def test_seeds_are_spread_by_figure(tmp_path, monkeypatch) -> None:
     figures = {tmp_path / "a": {"recall": 0.5}, tmp_path / "b": {"recall": 0.75}}
     monkeypatch.setattr(train_demo, "evaluate", lambda folder, *rest: {"summary": figures[folder]})
     train_demo.write_spread(list(figures), tmp_path / "seeds.json", 8)
-    assert "| recall | 0.500 | 0.625 | 0.750 |" in train_demo.spread_table(tmp_path / "seeds.json")
+    held = json.loads((tmp_path / "seeds.json").read_text())
+    assert held["seeds"] == 2 and held["spread"]["recall"] == {"lowest": 0.5, "mean": 0.625, "highest": 0.75}
+
+
+def test_the_history_tells_the_backbone_from_the_stages() -> None:
+    times = {
+        "1-tower (a GPU)": 90,
+        "2-search (a GPU)": 30,
+        "find-heads": 60,
+        "train-gate": 240,
+        "train-gate, seed 1": 999,
+    }
+    text = train_demo.history_of(times)
+    assert "backbone in 2 minutes on a GPU" in text and "in 5 minutes on CPU cores" in text
 
 
 def test_figures_go_between_the_readme_s_markers(tmp_path, monkeypatch) -> None:
