@@ -147,6 +147,7 @@ class _Labels:
         )  # fmt: skip
         sure = (self.cover(inner, TOKEN) > 0.4) | (self.cover(self.project(entry.code_box), TOKEN) > 0.12)
         self.color[(share > 0.02) & ~sure] = self.shape[(share > 0.02) & ~sure] = IGNORE
+        assert entry.color is not None and entry.shape is not None  # a scene's entries have both
         self.color[sure] = list(COLORS).index(entry.color) if whole else IGNORE
         self.shape[sure] = SHAPES.index(entry.shape) if whole else IGNORE
         return whole
@@ -263,6 +264,6 @@ def cell_crop(
     )
     box = (cells[0] * cell_w, cells[1] * cell_h, cells[2] * cell_w, cells[3] * cell_h)
     # the network's own crops are truncated to whole pixels
-    box = tuple(float(int(edge)) for edge in box)
+    box = (float(int(box[0])), float(int(box[1])), float(int(box[2])), float(int(box[3])))
     grid = fit_grid(box[2] - box[0], box[3] - box[1], 4, max_tokens)
     return make_view(page, box, grid), cells
