@@ -239,8 +239,10 @@ def publish(source: Path, output: Path, clock: Clock, rows: int, jobs: int = 1) 
     write_checkpoint(model, processor, output)
     beside = {name: output.parent / f"{output.name}-{name}.json" for name in ("figures", "shifted", "seeds", "times")}
     shutil.copy(clock.path, beside["times"])
+    trained = max(path.stat().st_mtime for path in source.iterdir())
     for name in ("figures", "shifted"):
-        beside[name].unlink(missing_ok=True)
+        if beside[name].exists() and beside[name].stat().st_mtime < trained:
+            beside[name].unlink()  # of older weights
     relative = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
     picture = ("--pareto", "examples/assets/pareto.png", "--page-kinds")
     shifted = ("--split", "shifted", "--seed", "1", "--ladder-rows", "0")

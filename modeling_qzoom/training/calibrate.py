@@ -167,9 +167,15 @@ class Calibration:
         ]
 
     def ranked(self) -> list[Ranked]:
-        """The region thresholds that are worth decoding with."""
-        boxes, sizes = [row.boxes for row in self.coarse], [row.size for row in self.coarse]
-        return rank_candidates(self.candidates, boxes, sizes, [self.rows[row.place].box for row in self.coarse])
+        """The region thresholds that are worth decoding with, told from the rows that need a closer look.
+
+        Raises:
+            ValueError: None makes boxes as small as `largest_area` asks for.
+        """
+        needy = [row for row in self.coarse if not row.right] or self.coarse
+        boxes, sizes = [row.boxes for row in needy], [row.size for row in needy]
+        targets = [self.rows[row.place].box for row in needy]
+        return rank_candidates(self.candidates, boxes, sizes, targets, self.config.largest_area)
 
     # --- zoomed passes ----------------------------------------------------------------------------------------------
 
@@ -335,6 +341,8 @@ def run(config: CalibrateConfig) -> None:
         raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
     if not 0 <= config.lose_at_most < 1:
         raise ValueError(f"lose_at_most must be a share of rows in [0, 1), got {config.lose_at_most}.")
+    if not 0 < config.largest_area <= 1:
+        raise ValueError(f"largest_area must be a share of the image in (0, 1], got {config.largest_area}.")
     folder = target_folder(config)
     rows = load_rows(config, needs_answer=True)
     session = open_session(config)

@@ -85,6 +85,7 @@ def rank_candidates(
     boxes: Sequence[Sequence[Box | None]],
     sizes: Sequence[tuple[int, int]],
     targets: Sequence[Box | None],
+    largest_area: float = 1.0,
 ) -> list[Ranked]:
     """The few candidates that are worth decoding with.
 
@@ -97,6 +98,10 @@ def rank_candidates(
         boxes: (rows, c) boxes in source pixels.
         sizes: (rows,) of (width, height).
         targets: (rows,) boxes that hold the answer, where known.
+        largest_area: candidates whose boxes cover more of the image on average are left out.
+
+    Raises:
+        ValueError: All candidates' boxes are larger.
     """
     wanted = {row: target for row, target in enumerate(targets) if target is not None}
     known = list(wanted)
@@ -115,7 +120,13 @@ def rank_candidates(
     else:
         merits = agreements(boxes).tolist()
     ranked = [Ranked(*parts) for parts in zip(candidates, merits, areas, strict=True)]
-    return _smallest_by_recall(ranked) if known else _unlike(ranked)
+    small = [entry for entry in ranked if entry.area <= largest_area]
+    if not small:
+        raise ValueError(
+            f"every region threshold makes boxes of more than largest_area={largest_area}; the smallest cover "
+            f"{min(areas):.3f} of the image on average. Try higher region_thresholds or allow more."
+        )
+    return _smallest_by_recall(small) if known else _unlike(small)
 
 
 def _smallest_by_recall(ranked: list[Ranked]) -> list[Ranked]:

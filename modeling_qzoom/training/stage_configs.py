@@ -285,6 +285,7 @@ class CalibrateConfig(ModelConfig, DataConfig):
         cost_at_most: Mean prefill FLOPs that "fast" may cost, as a multiple of the plain model's at the coarse budget.
         crop_max_tokens: Crop budgets to try, ascending.
         region_thresholds: Thresholds to try, by mode.
+        largest_area: Mean share of the image that boxes may cover; thresholds that make larger ones are not tried.
         judge: Who decides whether an answer is right.
         batch_size: Rows per call of `generate`.
         report: JSON file for every point tried; none by default.
@@ -300,6 +301,7 @@ class CalibrateConfig(ModelConfig, DataConfig):
             "peak": [0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
         }
     )
+    largest_area: float = 1.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     batch_size: int = 8
     report: str | None = None

@@ -95,6 +95,15 @@ def test_regions_by_recall_then_area():
     assert ranked[0].merit == 1 and ranked[0].area == pytest.approx((0.25 + 0.16) / 2)
 
 
+def test_boxes_that_are_too_large_are_not_tried():
+    candidates = [Candidate("peak", value) for value in (0.1, 0.2)]
+    boxes, sizes, targets = [[(0, 0, 90, 90), (0, 0, 50, 50)]] * 2, [(100, 100)] * 2, [(10, 10, 80, 80)] * 2
+    assert rank_candidates(candidates, boxes, sizes, targets)[0].candidate.threshold == 0.1
+    assert [entry.candidate.threshold for entry in rank_candidates(candidates, boxes, sizes, targets, 0.3)] == [0.2]
+    with pytest.raises(ValueError, match="the smallest cover 0.250"):
+        rank_candidates(candidates, boxes, sizes, targets, 0.2)
+
+
 def test_regions_by_agreement():
     candidates = [Candidate("peak", value) for value in (0.1, 0.2, 0.3, 0.4)]
     boxes = [[(0, 0, 100, 100), (0, 0, 50, 50), (0, 0, 51, 50), None]] * 2
