@@ -147,7 +147,10 @@ def _answer_task(task: dict[str, Any]) -> dict[str, Any]:
     answers["pipeline"] = {"text": said[0]["generated_text"]}
 
     copy = Path(task["work"]) / "resaved"
-    pipe.model.save_pretrained(copy)
+    if config.lora_subfolder is None:
+        pipe.model.save_pretrained(copy)
+    else:
+        pipe.model.save_addon(copy)  # of a model with an adapter, save_pretrained of transformers writes only that
     processor.save_pretrained(copy)
     del pipe
     again = transformers.AutoModelForImageTextToText.from_pretrained(copy, **trust)

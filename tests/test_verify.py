@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -18,7 +19,8 @@ from hub_release.repository import AUTO_MAPS, published_files
 from hub_release.verify import needed_packages, verify
 from modeling_qzoom import QZoomForConditionalGeneration
 
-from .loading_fixtures import edit_weights
+from .loading_fixtures import attach, edit_weights, plain_folder
+from .lora_support import needs_lora
 from .release_fixtures import (
     DEMO,
     clean_python,
@@ -290,6 +292,24 @@ def test_demo_checkpoint_as_an_addon_passes(tmp_path):
     assert verify(folder, python=sys.executable, base_folder=base) == []
     assert "say where that is with --base-folder" in verify(folder, python=sys.executable)[0]
     assert "peft" not in needed_packages(folder)
+
+
+@needs_lora
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_addon_with_lora_passes(tmp_path):
+    """Built from an add-on as it was saved."""
+    base, data = tmp_path / "base", data_folder("qwen2_5_vl", tmp_path / "data")
+    plain_folder("qwen2_5_vl", base)
+    (base / "LICENSE").write_text("terms")
+    model = attach(base, "qwen2_5_vl")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    (data / "model.safetensors").unlink()
+    model.save_addon(data)
+    folder = build(data, tmp_path / "built", base="someone/base", base_folder=base, licence="mit")
+    assert (folder / "lora" / "adapter_model.safetensors").exists()
+    assert "LoRA adapter" in (folder / "README.md").read_text()
+    assert verify(folder, python=sys.executable, base_folder=base) == []
+    assert needed_packages(folder)[-1] == "peft"
 
 
 @pytest.mark.parametrize("case", ["qwen2_5_vl_a", pytest.param("qwen3_vl_a", marks=pytest.mark.slow)])
