@@ -147,7 +147,7 @@ def plain_reports(config: QZoomConfig, input_ids: Tensor, reason: str) -> list[Z
     reports = []
     for tokens, has_video, has_image in zip(*_visual_tokens(config, input_ids), has_images):
         row_reason = "video" if has_video else reason if has_image else "no_image"
-        reports.append(ZoomReport(reason=row_reason, coarse_tokens=tokens))
+        reports.append(ZoomReport(reason=row_reason, coarse_tokens=tokens, has_gate=config.has_gate))
     return reports
 
 

@@ -11,7 +11,7 @@ import torch
 from modeling_qzoom import ZoomReport
 
 from .generation_fixtures import always, mixed, shared_model
-from .tiny import FAMILIES, Row, make_inputs, plain_inputs
+from .tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -46,6 +46,16 @@ def test_forced_and_off(family):
     assert (forced.reason, forced.zoomed, forced.gate_probability) == ("forced", True, None)
     off = reports_of(family, plain_inputs(one_row(family)), zoom="never")[0]
     assert off == ZoomReport(reason="off", coarse_tokens=forced.coarse_tokens)
+
+
+@families
+def test_zoom_always_and_no_gate_are_told_apart(family):
+    always_report = reports_of(family, one_row(family), **always())[0]
+    assert always_report.has_gate is True and 'zoom="always"' in str(always_report)
+    gateless = tiny_model(family, has_gate=False)
+    options = {"region_threshold": 0.6, "region_threshold_mode": "peak", "max_new_tokens": 1}
+    report = gateless.generate(**one_row(family), **options, return_zoom_reports=True).zoom_reports[0]
+    assert (report.reason, report.has_gate) == ("forced", False) and "no gate" in str(report)
 
 
 @families
