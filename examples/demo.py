@@ -27,7 +27,7 @@ from modeling_qzoom.sources_qzoom import ImageSlot, load_rgb  # noqa: E402
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 ASSETS = ROOT / "examples" / "assets"
 OWN_IMAGE_NOTE = (
-    "Note: the demo model is tiny and reads only pages of its own kind (coloured shapes that carry small codes)."
+    "Note: the demo model is tiny and reads only pages of its own kind (shapes with small codes, forms, dense text)."
 )
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from hub_release.train_demo import Clock, attach, evaluate, run_stage  # noqa: E402
 from modeling_qzoom.training.region_labels import covered_cells  # noqa: E402
@@ -104,6 +105,8 @@ def labels_arm(bench: Bench) -> dict[str, dict[str, float]]:
 def sinks_arm(bench: Bench) -> dict[str, dict[str, float]]:
     """Sinks removed against kept."""
     removed = bench.regions("self-distilled")
+    if not yaml.safe_load((bench.work / "heads.yaml").read_text())["sink_heads"]:
+        return {"no head qualifies as a sink": bench.measure(removed, "self-distilled", REGION_FIGURES)}
     kept = bench.regions("sinks-kept", **{"rule.remove_sinks": False})
     return {
         "sinks removed": bench.measure(removed, "self-distilled", REGION_FIGURES),
