@@ -12,7 +12,7 @@ PYTEST := -m pytest -n 2 --dist loadfile
 export IMAGE QUESTION
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-oldest test-all lint format docs figures train-demo ablations clean
+.PHONY: demo test test-slow test-oldest test-all lint format docs figures tables release train-demo ablations clean
 
 # runs one command and reports its time; the command's exit status is the recipe's
 timed = @began=$$(date +%s); $(1); status=$$?; echo "== $@: $$(( $$(date +%s) - began )) s"; exit $$status
@@ -78,8 +78,18 @@ docs: $(VENV)/.docs
 
 # the figures in the README, with the command that it names
 figures: $(VENV)/.train
-	$(call timed,$(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --split test \
-		--seed 1 --rows 900 --page-kinds --ladder-rows 0 --output hub_release/checkpoints/qzoom-demo-figures.json)
+	$(call timed,$(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --rows 2000 \
+		--output hub_release/checkpoints/qzoom-demo-figures.json --split test --seed 1 \
+		--pareto examples/assets/pareto.png --page-kinds)
+
+# the tables of the README about real sizes, from shapes alone
+tables: $(VENV)/.dev
+	$(call timed,$(BIN)/python hub_release/memory_table.py && $(BIN)/python hub_release/cost_table.py)
+
+# the demo as a Hub repository, proven in a clean environment
+release: $(VENV)/.core
+	$(call timed,$(BIN)/python hub_release/build.py hub_release/checkpoints/qzoom-demo build/hub/qzoom-demo --force \
+		&& $(BIN)/python hub_release/verify.py build/hub/qzoom-demo)
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.train

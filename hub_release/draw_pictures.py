@@ -28,9 +28,15 @@ SPLIT = "test"
 
 
 def questions_of(page: Page, seed: int) -> list[Question]:
-    """A coarse and a fine question, a function of the seed."""
+    """A coarse and a fine question, a function of the seed; of all wordings one that is a question."""
     rng = random.Random(f"picture/{seed}")
-    return [ask_question(page, kind, rng) for kind in ("coarse", "fine")]
+    found = []
+    for kind in ("coarse", "fine"):
+        question = ask_question(page, kind, rng)
+        while not question.text.endswith("?"):
+            question = ask_question(page, kind, rng)
+        found.append(question)
+    return found
 
 
 def is_shown(model: QZoomForConditionalGeneration, processor: QZoomProcessor, page: Page, asked: list[Question]):

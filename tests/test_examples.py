@@ -85,9 +85,9 @@ def test_without_a_model_the_bundled_checkpoint_is_used(common, monkeypatch, cap
     assert capsys.readouterr().out.startswith(common.FINE)
 
 
-def test_ask(run, tmp_path):
+def test_ask(run, common, tmp_path):
     first, caption, *_ = run("ask").splitlines()
-    assert first.startswith("what ") and re.match(r"(not )?zoomed: ", caption)
+    assert first.startswith(common.FINE) and re.match(r"(not )?zoomed: ", caption)
     Image.new("RGB", (200, 150), "white").save(tmp_path / "own.png")
     assert run("ask", "--image", tmp_path / "own.png", "--question", "is it empty?").startswith("is it empty? ")
 

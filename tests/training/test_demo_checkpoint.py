@@ -31,8 +31,9 @@ def test_the_folder_is_small_and_has_presets() -> None:
     assert set(presets) == {"fast", "balanced", "accurate"}
 
 
-def test_the_bundled_page_is_answered_right(demo) -> None:
-    bundled = json.loads((ASSETS / "page.json").read_text())
+@pytest.mark.parametrize("name", ["page", "form"])
+def test_the_bundled_pages_are_answered_right(demo, name) -> None:
+    bundled = json.loads((ASSETS / f"{name}.json").read_text())
     image = Image.open(ASSETS / bundled["image"]).convert("RGB")
     coarse, fine = list(ask(*demo, [(image, item["question"]) for item in bundled["questions"]]))
     assert [coarse.text, fine.text] == [item["answer"] for item in bundled["questions"]]
@@ -41,8 +42,7 @@ def test_the_bundled_page_is_answered_right(demo) -> None:
 
 
 def test_zooming_reads_what_the_coarse_view_cannot(demo) -> None:
-    # scenes are the kind of page that these weights know
-    rows = [row for row in draw_rows("validation", 99, 72, kinds=("fine",)) if row.page.kind == "scene"]
+    rows = list(draw_rows("validation", 99, 24, kinds=("fine",)))
     asked = [(row.page.image, row.question.text) for row in rows]
 
     def right(**options) -> int:
