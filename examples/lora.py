@@ -33,7 +33,10 @@ model = AutoModelForImageTextToText.from_pretrained(
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 model.requires_grad_(False)
 decoder_only = r"vlm\..*language_model.*\.(q_proj|v_proj|up_proj|down_proj)"  # not the branches, which look alike
-model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules=decoder_only))
+try:
+    model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules=decoder_only))
+except ValueError as error:  # each transformers asks for a peft of its time
+    raise SystemExit(f"error: {error} (installed: {peft.__version__}; transformers below 5.24 takes 0.20)") from None
 
 
 def chat(question: str, answer: str | None = None) -> list[dict]:
