@@ -191,19 +191,20 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
+def _as_text(result: dict[str, Any]) -> str:
+    """A result as lines for a terminal."""
+    lines = []
     for name, value in result["summary"].items():
         low, high = result["intervals"][name]
-        print(f"{name:28} {value:6.3f}   [{low:.3f}, {high:.3f}]")
+        lines.append(f"{name:28} {value:6.3f}   [{low:.3f}, {high:.3f}]")
     for name, value in result["other"].items():
         if isinstance(value, (int, float)):
-            print(f"{name:28} {value:6.3f}" if isinstance(value, float) else f"{name:28} {value}")
+            lines.append(f"{name:28} {value:6.3f}" if isinstance(value, float) else f"{name:28} {value}")
     for point in result["ladder"]:
-        print(
-            f"{point['model']:6}{point['label']:>10} {point['accuracy']:6.3f} at {point['visual_tokens']:.0f} tokens"
-        )
-    for name, value in result["conditions"].items():
-        print(f"{name:28} {value}")
+        tokens = f"{point['visual_tokens']:.0f} tokens"
+        lines.append(f"{point['model']:6}{point['label']:>10} {point['accuracy']:6.3f} at {tokens}")
+    lines += [f"{name:28} {value}" for name, value in result["conditions"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,9 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("modeling_qzoom").setLevel(logging.INFO)
     try:
-        _show(evaluate(arguments))
+        sys.stdout.write(_as_text(evaluate(arguments)))
     except (ValueError, OSError, ImportError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
     return 0
 
