@@ -1,24 +1,20 @@
 """Source images: whatever a user hands over, decoded to upright 8-bit RGB, with errors that name the image."""
 
-import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps
 
+from .reading_qzoom import UnusableImage, opened_image
 
-_DOWNLOAD_SECONDS = 60
+
 _UNIT_TOLERANCE = 1e-3  # resampled floats overshoot [0, 1] by rounding
-
-
-class _Unusable(ValueError):
-    """The reason why a source cannot be used, without its place."""
+_MOST_GROWTH = 8  # of an image on its way to a fixed token grid, as a multiple of the largest accepted source
+_ALWAYS_PIXELS = 2**25  # small enough whatever the limit of the sources is
 
 
 @dataclass(frozen=True)
@@ -111,35 +107,11 @@ def place_images(images: list[Any], row_counts: list[int] | None) -> list[ImageS
     return [ImageSlot(image, index, *place) for index, (image, place) in enumerate(zip(images, places, strict=True))]
 
 
-def _download(url: str) -> bytes:
-    response = httpx.get(url, timeout=_DOWNLOAD_SECONDS, follow_redirects=True)
-    response.raise_for_status()
-    return response.content
-
-
-def _read_bytes(source: str | os.PathLike | bytes | bytearray) -> bytes:
-    """The encoded image behind a URL, a path, a data URL or bare base64 text."""
-    if isinstance(source, (bytes, bytearray)):
-        return bytes(source)
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        return _download(text)
-    if os.path.isfile(text):
-        with open(text, "rb") as file:
-            return file.read()
-    payload = text.split(",", 1)[-1] if text.startswith("data:image/") else text
-    try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except ValueError:
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        raise _Unusable(f"is neither a URL, nor an existing file, nor base64 text: {shown!r}") from None
-
-
 def _check_size(width: int, height: int, max_pixels: int | None) -> None:
     if width < 1 or height < 1:
-        raise _Unusable(f"has no pixels: its size is {width} × {height}")
+        raise UnusableImage(f"has no pixels: its size is {width} × {height}")
     if max_pixels is not None and width * height > max_pixels:
-        raise _Unusable(
+        raise UnusableImage(
             f"has {width} × {height} = {width * height} pixels, more than max_source_pixels = {max_pixels}. Downscale "
             "it, or raise the limit if you trust it: processor.max_source_pixels = ... (None for no limit)"
         )
@@ -150,16 +122,18 @@ def _grey_levels(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * 255
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
-        raise _Unusable(f"holds {values.dtype} values; expected integers or floats")
+        raise UnusableImage(f"holds {values.dtype} values; expected integers or floats")
     low, high = values.min(), values.max()
     if np.issubdtype(values.dtype, np.floating):
         if low >= -_UNIT_TOLERANCE and high <= 1 + _UNIT_TOLERANCE:
             return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
         if low >= 0 and high <= 255:
             return np.rint(values).astype(np.uint8)
-        raise _Unusable(f"holds floats from {low:g} to {high:g}; expected [0, 1] or [0, 255], not normalised values")
+        raise UnusableImage(
+            f"holds floats from {low:g} to {high:g}; expected [0, 1] or [0, 255], not normalised values"
+        )
     if low < 0 or high > 65535:
-        raise _Unusable(f"holds integers from {low} to {high}; expected 8-bit or 16-bit values")
+        raise UnusableImage(f"holds integers from {low} to {high}; expected 8-bit or 16-bit values")
     if values.dtype == np.uint8:
         return values
     # wide integer types do not tell their depth, 16-bit ones do
@@ -173,7 +147,7 @@ def _channels_last(array: np.ndarray, data_format: str | None) -> np.ndarray:
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
-        raise _Unusable(f"has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W)")
+        raise UnusableImage(f"has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W)")
     first, last = array.shape[0], array.shape[-1]
     if data_format is None:
         is_first = first in (1, 3, 4) and (first == 3 or last not in (1, 3, 4))
@@ -181,7 +155,7 @@ def _channels_last(array: np.ndarray, data_format: str | None) -> np.ndarray:
         is_first = getattr(data_format, "value", data_format) == "channels_first"
     array = np.moveaxis(array, 0, -1) if is_first else array
     if array.shape[-1] not in (1, 2, 3, 4):
-        raise _Unusable(f"has shape {(*array.shape,)}, height × width × channels; expected 1 to 4 channels")
+        raise UnusableImage(f"has shape {(*array.shape,)}, height × width × channels; expected 1 to 4 channels")
     return array
 
 
@@ -207,7 +181,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _decode(image: Any, max_pixels: int | None, data_format: str | None) -> Image.Image:
     if isinstance(image, (str, os.PathLike, bytes, bytearray)):
-        image = Image.open(BytesIO(_read_bytes(image)))
+        with opened_image(image, max_pixels) as encoded:
+            return _decode(encoded, max_pixels, data_format)
     if isinstance(image, Image.Image):
         _check_size(*image.size, max_pixels)  # before the pixels are unpacked
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -216,7 +191,7 @@ def _decode(image: Any, max_pixels: int | None, data_format: str | None) -> Imag
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise _Unusable(
+        raise UnusableImage(
             f"is a {type(image).__name__}; expected a PIL image, an array, a tensor, a path, a URL or base64 text"
         )
     return _to_rgb(_array_to_image(image, data_format, max_pixels))
@@ -225,7 +200,7 @@ def _decode(image: Any, max_pixels: int | None, data_format: str | None) -> Imag
 def _check_aspect_ratio(width: int, height: int, limit: float | None) -> None:
     ratio = max(width, height) / min(width, height)
     if limit is not None and ratio > limit:
-        raise _Unusable(
+        raise UnusableImage(
             f"has {width} × {height} pixels, an aspect ratio of {ratio:g}; this backbone takes at most {limit:g}. Cut "
             "it into shorter pieces, or pad its short side"
         )
@@ -253,7 +228,7 @@ def load_rgb(
         image = _decode(slot.image, max_pixels, data_format)
         _check_aspect_ratio(*image.size, max_aspect_ratio)
         return image
-    except _Unusable as error:
+    except UnusableImage as error:
         raise ValueError(f"{slot} {error}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
@@ -284,6 +259,53 @@ def _resized_size(width: int, height: int, size: Mapping[str, int] | int) -> tup
     return int(shortest * width / height), shortest
 
 
+def _canvas(width: int, height: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) of a source after its padding."""
+    return (max(width, height),) * 2 if settings.get("do_pad") else (width, height)
+
+
+def _views(width: int, height: int, settings: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of a source after padding and resize, and of what is cut out of that."""
+    resized = _canvas(width, height, settings)
+    if settings.get("do_resize"):
+        resized = _resized_size(*resized, settings["size"])
+    if not settings.get("do_center_crop"):
+        return resized, resized
+    crop = settings["crop_size"]
+    return resized, (crop, crop) if isinstance(crop, int) else (crop["width"], crop["height"])
+
+
+def check_views(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any], patch: int, most: int | None) -> None:
+    """Checks that every image gets the same token grid, and at a price that memory can pay.
+
+    Args:
+        sizes: (width, height) of the sources.
+        settings: as of `covered_rectangle`.
+        patch: side of a patch in pixels.
+        most: largest accepted width × height of a source, None for no limit.
+
+    Raises:
+        ValueError: names the image.
+    """
+    first: tuple[int, int] | None = None
+    for index, size in enumerate(sizes):
+        canvas = _canvas(*size, settings)
+        resized, view = _views(*size, settings)
+        area = max(canvas[0] * canvas[1], resized[0] * resized[1])
+        if most is not None and area > max(_MOST_GROWTH * most, _ALWAYS_PIXELS):
+            raise ValueError(
+                f"image {index} has {size[0]} × {size[1]} pixels and would take {area} on its way to the token grid: "
+                "it is too long. Cut it into shorter pieces, or pad its short side."
+            )
+        first = first or view
+        if view != first or view[0] != view[1] or view[0] % patch:
+            raise ValueError(
+                f"image {index} has a coarse view of {view[0]} × {view[1]} pixels, which does not fit one fixed "
+                f"square grid of whole patches ({patch} pixels a side) for all images. Set do_resize and "
+                "do_center_crop with a square crop_size, or a size with height and width."
+            )
+
+
 def covered_rectangle(width: int, height: int, settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """The rectangle of source pixels that a fixed token grid covers.
 
@@ -298,23 +320,15 @@ def covered_rectangle(width: int, height: int, settings: Mapping[str, Any]) -> t
     Raises:
         ValueError: an unknown kind of resize.
     """
-    canvas_width = canvas_height = max(width, height)
-    if not settings.get("do_pad"):
-        canvas_width, canvas_height = width, height
+    canvas_width, canvas_height = _canvas(width, height, settings)
     # the source lies this far inside the canvas
     inset_x, inset_y = (canvas_width - width) // 2, (canvas_height - height) // 2
-    new_width, new_height = canvas_width, canvas_height
-    if settings.get("do_resize"):
-        new_width, new_height = _resized_size(canvas_width, canvas_height, settings["size"])
-    left, top, view_width, view_height = 0, 0, new_width, new_height
+    (new_width, new_height), (view_width, view_height) = _views(width, height, settings)
+    left, top = 0, 0
     if settings.get("do_center_crop"):
-        crop = settings["crop_size"]
-        view_width, view_height = (crop, crop) if isinstance(crop, int) else (crop["width"], crop["height"])
         left, top = (new_width - view_width) // 2, (new_height - view_height) // 2
     x_scale, y_scale = canvas_width / new_width, canvas_height / new_height
-    return (
-        round(left * x_scale) - inset_x,
-        round(top * y_scale) - inset_y,
-        round((left + view_width) * x_scale) - inset_x,
-        round((top + view_height) * y_scale) - inset_y,
-    )
+    x0, y0 = round(left * x_scale) - inset_x, round(top * y_scale) - inset_y
+    x1, y1 = round((left + view_width) * x_scale) - inset_x, round((top + view_height) * y_scale) - inset_y
+    # both ends of less than a pixel may round to the same number
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)

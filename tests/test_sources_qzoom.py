@@ -5,7 +5,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.utils import httpx
 from PIL import Image, PngImagePlugin
 
 from modeling_qzoom.sources_qzoom import (
@@ -47,18 +46,6 @@ def test_paths_bytes_base64_and_data_urls_read_the_same_pixels(tmp_path):
     data_url = f"data:image/png;base64,{text}"
     for given in (tmp_path / "a.png", str(tmp_path / "a.png"), encoded(image), text, broken_up, data_url):
         assert np.array_equal(pixels_of(given), np.array(image))
-
-
-def test_url_is_downloaded(monkeypatch):
-    def get(url, **kwargs):
-        assert kwargs["timeout"] and kwargs["follow_redirects"]
-        status = 404 if "missing" in url else 200
-        return httpx.Response(status, content=encoded(noise()), request=httpx.Request("GET", url))
-
-    monkeypatch.setattr(httpx, "get", get)
-    assert np.array_equal(pixels_of("https://example.org/a.png"), np.array(noise()))
-    with pytest.raises(ValueError, match=r"image 0 cannot be read: .*404"):
-        pixels_of("https://example.org/missing.png")
 
 
 def test_the_callers_image_is_not_changed():
@@ -320,6 +307,10 @@ def test_match_placeholders():
             (80, 0, 560, 480),
         ),
         ((30, 20), {"do_center_crop": True, "crop_size": 40}, (-5, -10, 35, 30)),
+        # at least one pixel, whichever way its ends round
+        ((1, 8), {"do_resize": True, "size": 20, "do_center_crop": True, "crop_size": 20}, (0, 4, 1, 5)),
+        ((12, 1), {"do_resize": True, "size": 30, "do_center_crop": True, "crop_size": 30}, (6, 0, 7, 1)),
+        ((12, 1), {"do_resize": True, "size": 30, "do_center_crop": True, "crop_size": 6}, (6, 0, 7, 1)),
     ],
 )
 def test_covered_rectangle(size, settings, expected):
