@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .backbones_qzoom import BackboneSpec, token_geometry
@@ -14,6 +13,7 @@ from .fusion_qzoom import ImageSpan
 from .options_qzoom import ZoomOptions
 from .regions_qzoom import Rectangle
 from .reports_qzoom import ZoomReport
+from .source_images_qzoom import as_uint8, unpack_images
 from .sources_qzoom import ImageSlot, load_rgb, source_tensor
 
 
@@ -47,22 +47,27 @@ class ZoomRequest:
 
 
 def as_source(slot: ImageSlot) -> Tensor:
-    """A PIL image (upright and RGB, as the processor reads it) or uint8 tensor as (3, H, W) uint8.
+    """A PIL image (upright and RGB, as the processor reads it) or integers (3, H, W) in 0..255 as (3, H, W) uint8.
 
     Raises:
         ValueError: anything else; the message names the image's place.
     """
     image = slot.image
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-            raise ValueError(
-                f"source_images: {slot} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 "
-                "(3, H, W), as QZoomProcessor makes it, or a PIL image."
-            )
-        return image
     if hasattr(image, "convert"):
         return source_tensor(load_rgb(slot))
-    raise ValueError(f"source_images: {slot} is a {type(image).__name__}; expected a PIL image or a uint8 tensor.")
+    source = as_uint8(image)
+    if source is None and isinstance(image, Tensor):
+        raise ValueError(
+            f"source_images: {slot} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 (3, H, "
+            "W), as QZoomProcessor makes it (other integers in 0..255 will do), or a PIL image."
+        )
+    if source is None:
+        shape = f" Its shape is {image.shape}, its type {image.dtype}." if hasattr(image, "shape") else ""
+        raise ValueError(
+            f"source_images: {slot} is a {type(image).__name__}; expected a PIL image or a uint8 tensor (3, H, W), or "
+            f"an array or nested lists of that shape with integers in 0..255.{shape}"
+        )
+    return source
 
 
 def _place(index: int, expected: list[int]) -> tuple[int, int]:
@@ -82,8 +87,8 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
     """Flattens and checks the source images of a batch.
 
     Args:
-        source_images: one image, a flat list, or one list (or None) per row; PIL images or uint8 (3, H, W) tensors. A
-            (n, 3, H, W) tensor counts as a flat list.
+        source_images: one image, a flat list, or one list (or None) per row; PIL images, or tensors, arrays or nested
+            lists (3, H, W) of integers in 0..255. A (n, 3, H, W) tensor counts as a flat list.
 
     Raises:
         ValueError: no sources, a wrong count (naming row and image), or an image of the wrong kind.
@@ -94,8 +99,8 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
     if source_images is None:
         row = next(index for index, count in enumerate(expected) if count)
         raise ValueError(f"row {row} holds image tokens but source_images is missing. {_WAY_OUT}")
-    is_stack = isinstance(source_images, Tensor) and source_images.ndim == 4
-    images = list(source_images) if is_stack or isinstance(source_images, (list, tuple)) else [source_images]
+    unpacked = unpack_images(source_images)
+    images = unpacked if isinstance(unpacked, list) else [unpacked]
     if _is_nested(images):
         if len(images) != len(expected):
             raise ValueError(f"source_images has {len(images)} rows, the batch {len(expected)}.")
