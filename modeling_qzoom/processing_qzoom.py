@@ -1,40 +1,51 @@
 """QZoomProcessor: the backbone's own processor, and beside its output the source images that zooming needs."""
 
+import copy
 import inspect
-import json
-import os
-import re
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig
+from transformers import BatchFeature
 from transformers.models.auto.video_processing_auto import (
     VIDEO_PROCESSOR_MAPPING_NAMES,
     video_processor_class_from_name,
 )
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils import is_torchvision_available
+from transformers.utils.chat_template_utils import _get_template_variables
 
-from .backbones_qzoom import BACKBONES, spec_for_model_type
+from .backbones_qzoom import spec_for_model_type
+from .budgets_qzoom import token_side
+from .coarse_settings_qzoom import check_image_keywords, check_image_processor, fixed_view, setting
+from .guarded_tokenizer_qzoom import TOKENIZING, guarded
 from .keywords_qzoom import (
-    GENERATE_KEYWORDS,
-    OWN_KEYWORDS,
     accepted_keywords,
     backbone_keywords,
-    budget_size,
     check_keywords,
+    default_tensors,
     option,
+    split_template_keywords,
 )
-from .options_qzoom import python_number
-from .sources_qzoom import covered_rectangle, images_by_row, load_rgb, match_placeholders, place_images, source_tensor
+from .processor_budget_qzoom import ProcessorBudgetMixin
+from .processor_loading_qzoom import ProcessorLoadingMixin
+from .prompts_qzoom import refuse_empty_rows, refuse_touching_images
+from .source_images_qzoom import SourceImages
+from .sources_qzoom import (
+    check_views,
+    covered_rectangle,
+    images_by_row,
+    load_rgb,
+    match_placeholders,
+    place_images,
+    source_tensor,
+)
 
 
-_VIDEO_CONFIG_FILE = "video_preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200  # of the resize of Qwen's image processors
-_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @cache
@@ -52,36 +63,15 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
     return type(processor_class.__name__, (processor_class,), {"__init__": __init__})
 
 
-def _extra_arguments(processor_class: type[ProcessorMixin]) -> list[str]:
-    """Names of a backbone processor's own constructor arguments, such as LLaVA's `patch_size`."""
-    common = {"self", "chat_template", "kwargs", *processor_class.get_attributes()}
-    return [name for name in inspect.signature(processor_class.__init__).parameters if name not in common]
-
-
-def _saved_video_config(name: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any] | None:
-    """The video settings that older repositories keep in a file of their own."""
-    if os.path.isfile(name):
-        return None
-    hub = {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
-    path = cached_file(
-        name,
-        _VIDEO_CONFIG_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-class QZoomProcessor(ProcessorMixin):
+class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
     """Turns chats and images into what `QZoomForConditionalGeneration.generate` takes.
 
     The work is done by the backbone's own processor. This one adds the source images, sets the budget of the coarse
     view in tokens, and reads images of every kind with errors that name the offending one. It needs no torchvision
-    unless there are videos. Rows are always padded on the left; the tokenizer given is set so.
+    unless there are videos. Rows are padded on the left, as `generate` needs them; the tokenizer given is set so. A
+    training collator's call may say padding_side="right", which `forward` takes.
+
+    One processor may serve several threads at a time: a call does not see the options of another.
 
     Args:
         image_processor: the backbone's image processor.
@@ -90,7 +80,8 @@ class QZoomProcessor(ProcessorMixin):
         backbone_model_type: `model_type` of the backbone, a row of `backbones_qzoom.BACKBONES`.
         backbone_processor_kwargs: further arguments of the backbone's processor, such as LLaVA's `patch_size`.
         min_tokens, max_tokens: budget of the coarse view in merged visual tokens an image; None leaves that bound as
-            the image processor is configured. A call may override it.
+            the image processor is configured. Of all ways to set it (here, as attributes, `image_processor.size`,
+            `from_pretrained`, a call) the last one wins, and pushes the other bound where the two cross.
         max_source_pixels: largest accepted width × height of an image, against decompression bombs; None for none.
         video_config: settings of the backbone's video processor; its defaults if None.
 
@@ -98,6 +89,9 @@ class QZoomProcessor(ProcessorMixin):
         ValueError: unknown `backbone_model_type`, a bad budget, a budget for a backbone with a fixed token grid, or an
             image processor that lacks what the backbone needs.
     """
+
+    # ragged lists must not be stacked when an output is converted again
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "source_images"]
 
     def __init__(
         self,
@@ -116,8 +110,6 @@ class QZoomProcessor(ProcessorMixin):
         )
         self.backbone_model_type = backbone_model_type
         self.backbone_processor_kwargs = dict(backbone_processor_kwargs or {})
-        self.min_tokens = python_number(min_tokens)
-        self.max_tokens = python_number(max_tokens)
         self.max_source_pixels = max_source_pixels
         self.video_config = video_config
         self.tokenizer.padding_side = "left"
@@ -132,86 +124,7 @@ class QZoomProcessor(ProcessorMixin):
                 f"{type(image_processor).__name__} has no merge_size: it is not an image processor of "
                 f"{backbone_model_type}."
             )
-        self._coarse_size(None, None)  # checks the budget
-
-    @classmethod
-    def from_backbone(
-        cls,
-        processor_or_name: ProcessorMixin | str | os.PathLike,
-        min_tokens: int | None = None,
-        max_tokens: int | None = None,
-        *,
-        max_source_pixels: int | None = 178_956_970,
-        **kwargs: Any,
-    ) -> "QZoomProcessor":
-        """Wraps a plain VLM's processor.
-
-        Args:
-            processor_or_name: the processor (its parts are shared, not copied), or the folder or Hub name of a plain
-                VLM; the latter works without torchvision.
-            min_tokens, max_tokens, max_source_pixels: as of the class.
-            kwargs: for the `from_pretrained` of the parts (`revision`, `cache_dir`, `token`, ...).
-
-        Raises:
-            ValueError: not a supported backbone's processor.
-        """
-        own = {"min_tokens": min_tokens, "max_tokens": max_tokens, "max_source_pixels": max_source_pixels}
-        if not isinstance(processor_or_name, (str, os.PathLike)):
-            if kwargs:
-                raise ValueError(f"{sorted(kwargs)} only apply when the processor is loaded by its name.")
-            return cls._from_processor(processor_or_name, **own)
-        name = processor_or_name
-        saved, _ = ProcessorMixin.get_processor_dict(name, **kwargs)
-        try:
-            config, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
-        except OSError:  # a folder with a processor and no model
-            config = {}
-        model_type = config.get("model_type") or cls._model_type_of(saved.get("processor_class"))
-        processor_class = getattr(transformers, spec_for_model_type(model_type).processor_class)
-        return cls(
-            AutoImageProcessor.from_pretrained(name, **kwargs),
-            AutoTokenizer.from_pretrained(name, **kwargs),
-            chat_template=saved.get("chat_template"),
-            backbone_model_type=model_type,
-            backbone_processor_kwargs={key: saved[key] for key in _extra_arguments(processor_class) if key in saved},
-            video_config=saved.get("video_processor") or _saved_video_config(name, **kwargs),
-            **own,
-        )
-
-    @classmethod
-    def _from_processor(cls, processor: ProcessorMixin, **own: Any) -> "QZoomProcessor":
-        model_type = cls._model_type_of(type(processor).__name__)
-        videos = getattr(processor, "video_processor", None)
-        extra = _extra_arguments(getattr(transformers, spec_for_model_type(model_type).processor_class))
-        return cls(
-            processor.image_processor,
-            processor.tokenizer,
-            chat_template=processor.chat_template,
-            backbone_model_type=model_type,
-            backbone_processor_kwargs={key: getattr(processor, key) for key in extra if hasattr(processor, key)},
-            video_config=None if videos is None else videos.to_dict(),
-            **own,
-        )
-
-    @staticmethod
-    def _model_type_of(processor_class: str | None) -> str:
-        rows = {spec.processor_class: model_type for model_type, spec in BACKBONES.items()}
-        if processor_class not in rows:
-            raise ValueError(
-                f"{processor_class} is not the processor of a supported backbone; expected one of {sorted(rows)}."
-            )
-        return rows[processor_class]
-
-    @classmethod
-    def get_processor_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The saved settings; a stock video processor's settings beside them become `video_config`."""
-        saved, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if saved.get("video_config") is None:
-            video = saved.get("video_processor") or _saved_video_config(pretrained_model_name_or_path, **kwargs)
-            saved["video_config"] = video
-        return saved, unused
+        self._set_budget(min_tokens, max_tokens)
 
     # Building the backbone's processor costs microseconds, so it is made anew for every use: there is no copy that
     # could fall behind `tokenizer` or `image_processor`, nothing to guard between threads, nothing extra to pickle.
@@ -219,22 +132,35 @@ class QZoomProcessor(ProcessorMixin):
     @property
     def backbone_processor(self) -> ProcessorMixin:
         """The backbone's own processor, without videos."""
-        return self._build_backbone_processor()
+        return self._build_backbone_processor(self.image_processor, self.tokenizer)
 
-    def _build_backbone_processor(self, video_processor: Any = None) -> ProcessorMixin:
+    def _build_backbone_processor(
+        self, image_processor: Any, tokenizer: Any, video_processor: Any = None
+    ) -> ProcessorMixin:
         spec = spec_for_model_type(self.backbone_model_type)
         processor_class = getattr(transformers, spec.processor_class)
         if video_processor is None:
             processor_class, videos = _without_videos(processor_class), {}
         else:
             videos = {"video_processor": video_processor}
-        return processor_class(
-            image_processor=self.image_processor,
-            tokenizer=self.tokenizer,
-            chat_template=self.chat_template,
-            **videos,
-            **self.backbone_processor_kwargs,
-        )
+        with TOKENIZING:  # constructors may tokenize
+            return processor_class(
+                image_processor=image_processor,
+                tokenizer=tokenizer,
+                chat_template=self.chat_template,
+                **videos,
+                **self.backbone_processor_kwargs,
+            )
+
+    def _isolated_backbone_processor(self, accepted: dict[str, set[str]], video_processor: Any) -> ProcessorMixin:
+        """The backbone's processor for one call, whose options no other call sees."""
+        image_processor = self.image_processor
+        if any(getattr(image_processor, name, None) is not None for name in ("min_pixels", "max_pixels")):
+            image_processor = copy.copy(image_processor)  # these are in the size of the call
+            image_processor.min_pixels = image_processor.max_pixels = None
+        images = {*accepted["images_kwargs"], "min_pixels", "max_pixels"}
+        tokenizer = guarded(self.tokenizer, images - accepted["text_kwargs"])
+        return self._build_backbone_processor(image_processor, tokenizer, video_processor)
 
     def _video_processor_class(self) -> Any:
         """None where torchvision is missing or the backbone takes no videos."""
@@ -264,20 +190,9 @@ class QZoomProcessor(ProcessorMixin):
         boxes = ["source_boxes"] if has_boxes else []
         return [*dict.fromkeys(self.backbone_processor.model_input_names), "source_images", *boxes]
 
-    def _coarse_size(self, min_tokens: int | None, max_tokens: int | None) -> dict[str, int] | None:
-        """The budget as the image processor's `size` (areas in pixels); None for what it is configured with."""
-        budgets = ((self.min_tokens, self.max_tokens), (min_tokens, max_tokens))
-        if all(bound is None for budget in budgets for bound in budget):
-            return None
-        if spec_for_model_type(self.backbone_model_type).square_crop:
-            raise ValueError(
-                f"{self.backbone_model_type} sees every image on one fixed token grid (576 tokens for LLaVA-1.5), so "
-                "min_tokens and max_tokens do not apply to it."
-            )
-        return budget_size(self.image_processor, budgets)
-
-    def _check_keywords(self, keywords: dict[str, Any]) -> None:
-        check_keywords(keywords, accepted_keywords(self.backbone_processor, self._video_processor_class()))
+    def _accepted_keywords(self) -> dict[str, set[str]]:
+        takes_videos = self.backbone_model_type in VIDEO_PROCESSOR_MAPPING_NAMES
+        return accepted_keywords(self.backbone_processor, self._video_processor_class(), takes_videos=takes_videos)
 
     def __call__(
         self,
@@ -300,99 +215,130 @@ class QZoomProcessor(ProcessorMixin):
             audio: not supported.
             min_tokens, max_tokens: budget of the coarse view for this call.
             kwargs: keywords of the backbone's processor, flat or in `text_kwargs`, `images_kwargs`, `videos_kwargs`.
-                `return_tensors` is "pt" and `padding` True unless told otherwise.
+                `return_tensors` is "pt" and `padding` True unless the call or the tokenizer's saved settings say
+                otherwise.
 
         Returns:
             What the backbone's processor returns, and where there are images
-            - `source_images`: list with a (3, H, W) uint8 tensor per image, in order of appearance;
+            - `source_images`: `SourceImages`, a list with a (3, H, W) uint8 tensor per image, in order of appearance;
             - `source_boxes` (fixed token grids only): (num_images, 4) int64, the rectangle of source pixels that the
               grid covers, x0, y0, x1, y1, end exclusive.
 
         Raises:
-            ValueError: unknown keywords, right padding, a number of images that does not fit the placeholders, or an
-                image that cannot be used.
+            ValueError: keywords that are unknown or would have no effect, no or empty prompts, a number of images that
+                does not fit the placeholders, or an image that cannot be used.
             ImportError: videos without torchvision.
         """
         if audio is not None:
             raise ValueError("QZoomProcessor takes no audio.")
         keywords = {name: value for name, value in kwargs.items() if value is not None or not name.endswith("_kwargs")}
-        self._check_keywords(keywords)
+        accepted = self._accepted_keywords()
+        check_keywords(keywords, accepted)
+        check_image_keywords(keywords, self.image_processor, videos is not None)
         prompts = [text] if isinstance(text, str) else text if text is None else list(text)
         if prompts is not None and not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings.")
-        size = self._coarse_size(min_tokens, max_tokens)
+        if prompts is not None and not prompts:
+            raise ValueError("text holds no prompts; leave it out to prepare images alone.")
+        size = self._coarse_size(min_tokens, max_tokens, keywords)
         if option(keywords, "images_kwargs", "size") is not None:
-            if min_tokens is not None or max_tokens is not None:
-                raise ValueError("size and min_tokens/max_tokens both set the budget of the coarse view: give one.")
-            size = None
-        processor = self._build_backbone_processor(None if videos is None else self._build_video_processor())
+            size = None  # stays where the caller put it
+        processor = self._isolated_backbone_processor(
+            accepted, None if videos is None else self._build_video_processor()
+        )
         flat, per_row = images_by_row(images)
         # text that was marked as user input holds placeholders that do not count; the backbone's own check knows them
         if not option(keywords, "text_kwargs", "sanitize_control_tokens", False):
             per_row = match_placeholders(prompts, per_row, len(flat), processor.image_token)
-        data_format = option(keywords, "images_kwargs", "input_data_format")
-        ratio = self._max_aspect_ratio(keywords)
-        sources = [
-            load_rgb(slot, self.max_source_pixels, data_format=data_format, max_aspect_ratio=ratio)
-            for slot in place_images(flat, per_row)
-        ]
-        encoded = processor(images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size))
-        # ragged lists must not be stacked when the output is converted again
-        keep = [*(encoded.skip_tensor_conversion or ()), "source_images"]
-        output = BatchFeature(dict(encoded), skip_tensor_conversion=keep)
+        spec = spec_for_model_type(self.backbone_model_type)
+        if spec.image_start_token is not None:
+            refuse_touching_images(prompts or [], processor)
+        sources = self._load_sources(flat, per_row, keywords)
+        saved = self.tokenizer.init_kwargs
+        try:
+            encoded = processor(
+                images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size, saved)
+            )
+        except StrictDataclassError as error:  # keywords of a wrong type
+            raise ValueError(f"QZoomProcessor: {' '.join(str(error).split())}") from None
+        refuse_empty_rows(encoded)
+        keep = dict.fromkeys([*(encoded.skip_tensor_conversion or ()), "source_images"])
+        output = BatchFeature(dict(encoded), skip_tensor_conversion=list(keep))
         if sources:
-            output["source_images"] = [source_tensor(source) for source in sources]
-            if spec_for_model_type(self.backbone_model_type).square_crop:
-                output["source_boxes"] = self._source_boxes(sources, keywords)
+            output["source_images"] = SourceImages(source_tensor(source) for source in sources)
+            if spec.square_crop:
+                settings = self._fixed_view(keywords)
+                boxes = [covered_rectangle(*source.size, settings) for source in sources]
+                output["source_boxes"] = torch.tensor(boxes)
         return output
 
-    def _max_aspect_ratio(self, keywords: dict[str, Any]) -> float | None:
-        """What the image processor's resize refuses to go beyond; None where it takes every shape."""
-        do_resize = option(keywords, "images_kwargs", "do_resize", getattr(self.image_processor, "do_resize", True))
-        is_limited = do_resize and not spec_for_model_type(self.backbone_model_type).square_crop
-        return _MAX_ASPECT_RATIO if is_limited else None
+    def _fixed_view(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        return fixed_view(keywords, self.image_processor, self.backbone_processor_kwargs["patch_size"])
 
-    def _source_boxes(self, sources: list[Image.Image], keywords: dict[str, Any]) -> torch.Tensor:
-        """(num_images, 4) int64: what the fixed token grid covers of each source."""
-        names = ("do_pad", "do_resize", "size", "do_center_crop", "crop_size")
-        configured = {name: getattr(self.image_processor, name, None) for name in names}
-        settings = {name: option(keywords, "images_kwargs", name, configured[name]) for name in names}
-        if settings["do_pad"] and not hasattr(self.image_processor, "pad_to_square"):
-            raise ValueError(f"do_pad of {type(self.image_processor).__name__} is not a padding to a square.")
-        return torch.tensor([covered_rectangle(*source.size, settings) for source in sources])
+    def _load_sources(
+        self, images: list[Any], row_counts: list[int] | None, keywords: dict[str, Any]
+    ) -> list[Image.Image]:
+        """The images as upright RGB, checked to fit the way in which this call makes the coarse view."""
+        if not images:
+            return []
+        check_image_processor(self.image_processor)
+        is_fixed = spec_for_model_type(self.backbone_model_type).square_crop
+        settings = self._fixed_view(keywords) if is_fixed else None
+        do_resize = setting(keywords, self.image_processor, "do_resize")
+        data_format = option(keywords, "images_kwargs", "input_data_format")
+        ratio = _MAX_ASPECT_RATIO if do_resize and not is_fixed else None
+        slots = place_images(images, row_counts)
+        sources = [load_rgb(slot, self.max_source_pixels, data_format, ratio) for slot in slots]
+        if settings is not None:
+            patch = self.backbone_processor_kwargs["patch_size"]
+            check_views([source.size for source in sources], settings, patch, self.max_source_pixels)
+        elif not do_resize:
+            side = token_side(self.image_processor)
+            for slot, source in zip(slots, sources, strict=True):
+                if source.width % side or source.height % side:
+                    raise ValueError(
+                        f"{slot} has {source.width} × {source.height} pixels; with do_resize=False both sides must be "
+                        f"multiples of {side}, the side of a token."
+                    )
+        return sources
 
     def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """Renders one chat or a list of chats and, with `tokenize=True, return_dict=True`, processes it in one go.
 
         Takes what every processor of transformers takes; the processor's own keywords (`max_tokens=...`) may stand
-        beside them or in `processor_kwargs`. `return_tensors` is "pt" by default.
+        beside them or in `processor_kwargs`. Other names are the template's variables, whether it reads them or not.
+        `return_tensors` is "pt" by default.
 
         Raises:
-            ValueError: a keyword that neither the template nor the processor knows; else as `__call__`.
+            ValueError: an empty chat, a keyword of `generate`, a misspelt one of the processor; else as `__call__`.
         """
+        if not len(conversation):
+            raise ValueError("the chat holds no message.")
+        stored = self.chat_template
+        template = chat_template or stored
+        if isinstance(stored, dict):
+            template = stored.get(chat_template or "default", chat_template)
         named = inspect.signature(ProcessorMixin.apply_chat_template).parameters
-        stored = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
-        variables = set(re.findall(r"\w+", " ".join(filter(None, [chat_template, *stored]))))
-        free = [
-            name for name in kwargs if name not in named and name not in variables - GENERATE_KEYWORDS - OWN_KEYWORDS
-        ]
-        ours = {name: kwargs.pop(name) for name in free}
-        self._check_keywords({name: value for name, value in ours.items() if name not in OWN_KEYWORDS})
+        free = {name: kwargs.pop(name) for name in [*kwargs] if name not in named}
+        variables, ours = split_template_keywords(free, _get_template_variables(template), self._accepted_keywords())
         processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), **ours}
         if "return_tensors" not in processor_kwargs:
-            kwargs.setdefault("return_tensors", "pt")
-        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+            kwargs.setdefault("return_tensors", default_tensors(self.tokenizer.init_kwargs))
+        return super().apply_chat_template(
+            conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs, **variables
+        )
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> Any:
         """Tokens and patches of images of given (height, width), for servers that plan ahead."""
-        size = self._coarse_size(None, None)
+        size = self._coarse_size()
         if size is not None:
             kwargs = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"], **kwargs}
         if video_sizes is None:
             return self.backbone_processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
-        processor = self._build_backbone_processor(self._build_video_processor())
+        videos = self._build_video_processor()
+        processor = self._build_backbone_processor(self.image_processor, self.tokenizer, videos)
         return processor._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
 
     def post_process_image_text_to_text(self, generated_outputs: Any, **kwargs: Any) -> list[str]:

@@ -256,14 +256,15 @@ def test_llava_padding_covers_more_than_the_image():
 def test_llava_box_is_where_the_pixels_are(do_pad):
     """A lit block of the source shows up in the coarse view where the rectangle says."""
     image_processor = LlavaImageProcessor(
-        do_pad=do_pad, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_normalize=False
+        do_pad=do_pad, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
     )
+    image_processor.image_mean, image_processor.image_std = [0.0] * 3, [1.0] * 3  # pixels as they are
     source = Image.new("RGB", (224, 112))
     source.paste((255, 255, 255), (96, 32, 112, 48))
     processor = llava_processor(image_processor)
     inputs = processor(images=[source], text=processor.image_token)
     x0, y0, x1, y1 = inputs["source_boxes"][0].tolist()
-    lit = inputs["pixel_values"][0].min(0).values > 0.9  # padding is grey
+    lit = inputs["pixel_values"][0].min(0).values > 0.9  # padding is black
     rows, columns = torch.nonzero(lit, as_tuple=True)
     assert x0 + (columns.min() + columns.max() + 1) / 2 * (x1 - x0) / 56 == pytest.approx(104, abs=3)
     assert y0 + (rows.min() + rows.max() + 1) / 2 * (y1 - y0) / 56 == pytest.approx(40, abs=3)
@@ -306,8 +307,8 @@ def test_keywords_of_generate_are_sent_there(family, name):
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "image_mean, image_std: not possible for one call"),
         ({"images_kwargs": {"image_std": (1.0, 1.0, 1.0)}}, "image_std: not possible for one call"),
         ({"images_kwargs": {"resample": 0}}, "resample: not possible for one call"),
-        ({"padding_side": "right"}, "always padded on the left"),
-        ({"text_kwargs": {"padding_side": "right"}}, "always padded on the left"),
+        ({"padding_side": "centre"}, "padding_side must be 'left' or 'right', got 'centre'"),
+        ({"text_kwargs": {"padding_side": True}}, "padding_side must be 'left' or 'right', got True"),
         ({"audio": [0.0]}, "takes no audio"),
     ],
 )
@@ -317,8 +318,8 @@ def test_refused_keywords(keywords, message):
 
 
 def test_unknown_keyword_beside_a_chat():
-    with pytest.raises(ValueError, match="does not know the keyword 'qwertz'"):
-        qwen_processor().apply_chat_template(chat("hi"), qwertz=1)
+    with pytest.raises(ValueError, match=r"does not know the keyword 'max_tokns' \(did you mean max_tokens"):
+        qwen_processor().apply_chat_template(chat("hi"), max_tokns=1)
     # a variable of the template is no keyword of the processor
     greeting = "{{ greeting }}{{ messages[0]['content'][0]['text'] }}"
     assert qwen_processor().apply_chat_template(chat("hi"), greeting, greeting="oh ") == "oh hi"
