@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
@@ -82,10 +83,14 @@ def _fingerprint_in(checkpoint_files: list[str]) -> str | None:
 
 
 def _check_sizes(model: PreTrainedModel, base: str, **hub: Any) -> None:
+    if not PreTrainedConfig.get_config_dict(base, **hub)[0]:  # weights without a configuration
+        return
     try:
         config = AutoConfig.from_pretrained(base, **hub)
-    except OSError:  # weights without a configuration
-        return
+    except Exception as error:  # transformers checks fields with classes of errors of its own
+        raise ValueError(
+            f"the configuration of the base model {base!r} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     check_base(base, config, model.config.vlm_config)
 
 
