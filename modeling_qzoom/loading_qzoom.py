@@ -291,11 +291,15 @@ class QZoomLoadingMixin(_Base):
         self._keep_generation_options()
         restore_storage_format(self)
         forget_unpacking(self)
-        if not getattr(self, "_hf_peft_config_loaded", False):  # of an adapted model, only the adapter is saved
+        is_main = args[0] if args else kwargs.get("is_main_process", True)
+        if is_main and not getattr(self, "_hf_peft_config_loaded", False):  # of an adapted model, only the adapter
             bases = (self.config.base_model_name_or_path, self.config.vlm_config._name_or_path)
             check_target(save_directory, FULL, bases)
         # where several processes write one checkpoint, they have to meet in one folder
-        if kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None) is not None:
+        is_shared = (
+            kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None) is not None
+        )
+        if is_shared or not is_main:
             super().save_pretrained(save_directory, *args, **kwargs)
             return
         if kwargs.get("push_to_hub"):

@@ -104,10 +104,11 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             yield Path(scratch)
             _move(Path(scratch), folder)
-    finally:
+    except BaseException:
         if is_new:
             with contextlib.suppress(OSError):  # unless something is in it
                 folder.rmdir()
+        raise
 
 
 def _move(source: Path, folder: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from modeling_qzoom import QZoomForConditionalGeneration
 
 from .loading_fixtures import attach, perturb_branches, plain_folder, weights_equal
-from .tiny import FAMILIES, tiny_vlm
+from .tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_vlm
 
 
 load = QZoomForConditionalGeneration.from_pretrained
@@ -235,3 +235,31 @@ def test_an_interrupted_save_leaves_the_old_files_whole(kind, exists, sources, t
     with pytest.raises(KeyboardInterrupt):
         save(changed, kind, folder)
     assert contents(folder) == before and folder.exists() == exists
+
+
+def test_trainer_saves_as_often_as_it_likes(sources, tmp_path):
+    model = load(sources[2])
+    inputs = plain_inputs(make_inputs("qwen2_5_vl", [Row(["a ", None, " b?"], [(2, 3)])]))
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+        per_device_train_batch_size=1,
+    )
+    trainer = Trainer(model, arguments, train_dataset=[0, 1, 2], data_collator=lambda rows: batch)
+    for _ in range(2):  # a second run goes into the folders of the first
+        trainer.train()
+        trainer.save_model()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert weights_equal(load(folder), model)
+    before = contents(sources[1])
+    with pytest.raises(ValueError, match="is the folder of the base model"):
+        trainer.save_model(str(sources[1]))
+    assert contents(sources[1]) == before
