@@ -9,9 +9,11 @@ The plain build needs the standard library only. `--variant`, `--tokenizer` and 
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ from hub_release.repository import (  # noqa: E402
     FIGURE_KINDS,
     LICENCE_FILES,
     ROOT,
+    VERSION_FIELD,
     WEIGHT_FILES,
     BuildError,
     files_of,
     is_data,
     is_licence,
+    package_version,
     published_files,
     read_json,
     stored_tensors,
@@ -53,13 +57,32 @@ def _check_checkpoint(checkpoint: Path) -> None:
         raise BuildError(f"the weights in {checkpoint} hold no branches (zoom.*): this is a plain model.")
 
 
-def _check_output(checkpoint: Path, output: Path, force: bool) -> None:
-    if output.resolve() == checkpoint.resolve() or checkpoint.resolve().is_relative_to(output.resolve()):
-        raise BuildError(f"{output} is or contains the checkpoint itself; choose another folder.")
+def _is_built(folder: Path) -> bool:
+    """Whether a folder looks like what this command makes, and like nothing else."""
+    names = ("README.md", "modeling_qzoom.py", *LICENCE_FILES)
+    config = folder / "config.json"
+    if not config.exists() or not all((folder / name).exists() for name in names) or (folder / ".git").exists():
+        return False
+    return read_json(config).get("model_type") == "qzoom"
+
+
+def _check_output(sources: Iterable[Path], output: Path, force: bool) -> None:
+    """Refuses to replace anything but an earlier repository."""
+    for source in sources:
+        if source.resolve().is_relative_to(output.resolve()) or (output.exists() and output.samefile(source)):
+            what = "the checkpoint itself, or a folder that is read"
+            raise BuildError(f"{output} is or contains {what}; choose another folder.")
     if output.exists() and not output.is_dir():
         raise BuildError(f"{output} is a file.")
-    if output.exists() and any(output.iterdir()) and not force:
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not force:
         raise BuildError(f"{output} is not empty; choose another folder, or pass --force to replace what is in it.")
+    if not _is_built(output):
+        raise BuildError(
+            f"{output} holds something else than a repository that was built before, and --force would delete it; "
+            "choose another folder, or empty this one first."
+        )
 
 
 def _check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
@@ -118,10 +141,10 @@ def _add_references(output: Path) -> None:
             _change_json(output / name, auto_map={**own, **references})
 
 
-def _write_card(output: Path, licence: str | None) -> None:
+def _write_card(output: Path, name: str, licence: str | None) -> None:
     path = output / "README.md"
     card = read_card(path.read_text(encoding="utf-8")) if path.exists() else Card()
-    path.write_text(render(card, read_facts(output, output.resolve().name), licence), encoding="utf-8")
+    path.write_text(render(card, read_facts(output, name), licence), encoding="utf-8")
 
 
 def build(
@@ -140,7 +163,8 @@ def build(
 
     Args:
         checkpoint: folder with the data of a full checkpoint or an add-on.
-        output: absent or empty, unless `force`; then what is in it is replaced.
+        output: absent or empty, unless `force`; then a repository that was built there before is replaced, once the
+            new one is whole.
         variant: "full", what the checkpoint holds; "addon", the branches only; "4bit", nf4 with double quantization.
         tokenizer: folder with tokenizer and chat template, for a checkpoint that has none.
         base: name of the plain VLM on the Hub, by default the one that the checkpoint's config names.
@@ -156,43 +180,51 @@ def build(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     _check_checkpoint(checkpoint)
-    _check_output(checkpoint, output, force)
-    if tokenizer is not None:
-        _check_tokenizer(checkpoint, Path(tokenizer))
     if base_folder is not None and not Path(base_folder).is_dir():
         raise BuildError(f"--base-folder {base_folder} is not a folder.")
+    if tokenizer is not None:
+        _check_tokenizer(checkpoint, Path(tokenizer))
+    sources = [Path(folder) for folder in (checkpoint, tokenizer, base_folder) if folder is not None]
+    _check_output(sources, output, force)
     rewrites = variant != "full" or max_shard_size is not None
+    place = output.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         made = None
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".building-", dir=place.parent)))
+        built = scratch / "built"
+        built.mkdir()
         if rewrites or tokenizer is not None:
             from hub_release.variants import write_processor, write_variant
 
-            output.absolute().parent.mkdir(parents=True, exist_ok=True)
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.absolute().parent)))
+            made = scratch / "made"
+            made.mkdir()
             where = None if base_folder is None else Path(base_folder)
             if tokenizer is not None:
                 write_processor(checkpoint, Path(tokenizer), made)
             if rewrites:
                 shards = {"max_shard_size": max_shard_size}
                 write_variant(checkpoint, made, variant, base=base, base_folder=where, **shards)
-        if output.exists():
-            shutil.rmtree(output)
         for name in filter(is_data, files_of(checkpoint)):
             is_replaced = rewrites and (name in _MODEL_FILES or WEIGHT_FILES.fullmatch(name))
             if name not in LICENCE_FILES and not is_replaced:
-                _copy(checkpoint, name, output / name)
+                _copy(checkpoint, name, built / name)
         for name in filter(is_data, files_of(made) if made else ()):
-            _copy(made, name, output / name)
-    for file in published_files():
-        _copy(file.parent, file.name, output / file.name)
-    for name in LICENCE_FILES:
-        _copy(ROOT, name, output / name)
-    for folder in filter(None, (checkpoint, base_folder)):
-        _copy_licences(Path(folder), output)
-    _copy_figures(checkpoint, output)
-    _name_base(checkpoint, output, base)
-    _add_references(output)
-    _write_card(output, licence)
+            _copy(made, name, built / name)
+        for file in published_files():
+            _copy(file.parent, file.name, built / file.name)
+        for name in LICENCE_FILES:
+            _copy(ROOT, name, built / name)
+        for folder in filter(None, (checkpoint, base_folder)):
+            _copy_licences(Path(folder), built)
+        _copy_figures(checkpoint, built)
+        _name_base(checkpoint, built, base)
+        _add_references(built)
+        _change_json(built / "config.json", **{VERSION_FIELD: package_version()})
+        _write_card(built, place.name, licence)
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(built, place)
     return output
 
 

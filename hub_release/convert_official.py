@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -34,6 +34,7 @@ from official_format import (  # noqa: E402
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
 from modeling_qzoom.backbones_qzoom import spec_for_config  # noqa: E402
+from modeling_qzoom.weight_files_qzoom import check_weight_files  # noqa: E402
 
 
 _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -53,7 +54,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
     """All weights of a folder by name, as safetensors slices that are read when they are needed.
 
     Raises:
-        ConversionError: there are none, or the index names a file that is missing.
+        ConversionError: there are none, one of them is damaged, or the index names a file that is missing.
     """
     index = read_json(folder, "model.safetensors.index.json")
     if index:
@@ -68,7 +69,11 @@ def read_weights(folder: Path) -> dict[str, Any]:
         raise ConversionError(f"{folder} holds no safetensors files.{hint}")
     weights = {}
     for file in files:
-        handle = safe_open(file, "pt")
+        try:
+            check_weight_files([str(file)])
+            handle = safe_open(file, "pt")
+        except (ValueError, SafetensorError) as error:
+            raise ConversionError(str(error)) from error
         weights |= {key: handle.get_slice(key) for key in handle.keys()}
     return weights
 

@@ -1,6 +1,7 @@
 """What can be wrong with a repository before anything in it is run: each finding is one sentence with its cause."""
 
 import ast
+import json
 import re
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.configuration_utils import PreTrainedConfig
 
 from hub_release.card import HISTORY, LIBRARY, TAG, TASK, read_card, read_facts, repository_of, stale_sections
 from hub_release.repository import (
@@ -17,14 +19,18 @@ from hub_release.repository import (
     EVALUATION,
     PACKAGE,
     REQUIRED,
+    VERSION_FIELD,
     BuildError,
     code_files,
     files_of,
     is_data,
     is_repository,
+    package_version,
+    published_files,
     read_json,
 )
 from hub_release.weight_checks import check_weights
+from modeling_qzoom.configuration_qzoom import own_fields
 
 
 Findings = Iterator[str]
@@ -106,6 +112,71 @@ def check_references(folder: Path) -> Findings:
                 yield f"{module}.py defines no class {owner}, which {name} refers to"
 
 
+# --- contents --------------------------------------------------------------------------------------------------------
+
+# fields that transformers writes into any config.json, or reads from it
+_SHARED_FIELDS = {"auto_map", "model_type", "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache"}
+_SHARED_FIELDS |= {"pad_token_id", "bos_token_id", "eos_token_id", VERSION_FIELD}
+# files without settings
+_NO_SETTINGS = re.compile(rf"tokenizer\.json|vocab\.json|added_tokens\.json|.*\.index\.json|{EVALUATION}/.*")
+
+
+def _check_code_contents(folder: Path, version: Any) -> Findings:
+    """Code is the package's, file by file."""
+
+    def read(path: Path) -> bytes:
+        return path.read_bytes().replace(b"\r\n", b"\n")
+
+    given = {path.name: read(path) for path in code_files(folder)[0]}
+    own = {path.name: read(path) for path in published_files()}
+    differing = sorted(name for name in given.keys() | own.keys() if given.get(name) != own.get(name))
+    if not differing:
+        return
+    here = package_version()
+    files = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+    if version is None:
+        yield (
+            f"{files}: not as in this package (version {here}); changed after the build, or built by another version, "
+            "which the folder does not name; build again"
+        )
+    elif version != here:
+        yield (
+            f"the folder was built by version {version} of the package, and this is version {here}, whose code "
+            f"differs ({files}); verify it with version {version}, or build again"
+        )
+    else:
+        yield f"{files}: not as in this package; changed after the build, or the package was since; build again"
+
+
+def _references(content: Any) -> Iterator[tuple[str, Any]]:
+    """All references to code in a JSON file, however deep: (name, class)."""
+    if isinstance(content, list):
+        for part in content:
+            yield from _references(part)
+    elif isinstance(content, dict):
+        for name, part in content.items():
+            if name in ("auto_map", "custom_pipelines") and part:
+                yield from part.items() if isinstance(part, dict) else [(name, part)]
+            else:
+                yield from _references(part)
+
+
+def check_contents(folder: Path) -> Findings:
+    """The package's code unchanged, no field that nobody reads, no reference to code of others."""
+    config = read_json(folder / "config.json")
+    yield from _check_code_contents(folder, config.get(VERSION_FIELD))
+    known = own_fields() | set(PreTrainedConfig().to_dict()) | _SHARED_FIELDS
+    for name in sorted(set(config) - known):
+        yield f"config.json: nothing reads the field {name!r}; correct it, or take it out"
+    ours = {(name, reference) for references in AUTO_MAPS.values() for name, reference in references.items()}
+    for name in files_of(folder):
+        if not name.endswith(".json") or _NO_SETTINGS.fullmatch(name):
+            continue
+        for auto_class, reference in _references(read_json(folder / name)):
+            if (auto_class, json.dumps(reference)) not in {(kind, json.dumps(own)) for kind, own in ours}:
+                yield f"{name}: {auto_class} refers to {reference!r}, which is no class of ours"
+
+
 # --- card ------------------------------------------------------------------------------------------------------------
 
 
@@ -185,11 +256,18 @@ CHECKS: dict[str, Callable[[Path], Findings]] = {
     "files": check_files,
     "code": check_code,
     "auto_map": check_references,
+    "contents": check_contents,
     "weights": check_weights,
     "card": check_card,
 }
 """By name, in order."""
-_NEEDED = {"code": ("files",), "auto_map": ("files",), "weights": ("files",), "card": ("files", "weights")}
+_NEEDED = {
+    "code": ("files",),
+    "auto_map": ("files",),
+    "contents": ("files", "code", "auto_map"),
+    "weights": ("files",),
+    "card": ("files", "weights"),
+}
 
 
 def check_folder(folder: Path) -> dict[str, list[str]]:

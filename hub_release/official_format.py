@@ -73,9 +73,21 @@ class ConversionError(ValueError):
 
 
 def read_json(folder: Path | None, name: str) -> dict[str, Any]:
-    """A JSON file of the folder, {} if there is no such file or folder."""
+    """A JSON file of the folder, {} if there is no such file or folder.
+
+    Raises:
+        ConversionError: it is damaged.
+    """
     path = None if folder is None else folder / name
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if path is None or not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no JSON object.")
+    return content
 
 
 def image_settings(folder: Path | None) -> dict[str, Any]:

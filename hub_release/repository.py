@@ -58,6 +58,10 @@ _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2
 _ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
+VERSION_FIELD = "qzoom_version"
+"""Field of config.json for the version of the package that a repository's code is from."""
+
+
 class BuildError(ValueError):
     """A checkpoint or a folder is not what it should be; the message says what to do."""
 
@@ -148,6 +152,14 @@ def published_files(package: Path = PACKAGE) -> list[Path]:
     if missing:
         raise BuildError(f"{package} lacks {missing}.")
     return files
+
+
+def package_version(package: Path = PACKAGE) -> str:
+    """The package's version, read without importing it."""
+    match = re.search(r'^__version__ = "(.+)"$', (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise BuildError(f"{package} names no version.")
+    return match[1]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Add-ons: folders that hold the branches, and perhaps a LoRA adapter, but not the VLM they belong to."""
 
+import contextlib
 import copy
-import json
 import os
 import tempfile
 from dataclasses import replace
@@ -13,11 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
 
+from .fingerprints_qzoom import FINGERPRINT, base_fingerprint, check_base, check_base_weights
 from .quantization_qzoom import aligned, dense_state, execution_device, is_quantized, vlm_recipe
+from .saving_qzoom import ADAPTER, ADDON, check_target, staged
+from .weight_files_qzoom import (
+    ADAPTER_WEIGHTS,
+    INDEX,
+    WEIGHTS,
+    check_weight_files,
+    damage_named,
+    files_in_index,
+    tensor_names,
+)
 
 
 LORA_FOLDER = "lora"  # not the root, where transformers would take the whole folder for an adapter
@@ -36,9 +48,8 @@ def holds_only_branches(checkpoint_files: list[str]) -> bool:
     for file in checkpoint_files:
         if not file.endswith(".safetensors"):
             return False
-        with safe_open(file, "pt") as weights:
-            if any(not key.startswith("zoom.") for key in weights.keys()):  # noqa: SIM118 (not a dict)
-                return False
+        if any(not key.startswith("zoom.") for key in tensor_names(file)):
+            return False
     return True
 
 
@@ -46,21 +57,41 @@ def _base_files(base: str, **hub: Any) -> list[str]:
     """The safetensors files of the base model's repository or folder.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: nothing is there, or the index is damaged.
     """
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
     try:
-        single = cached_file(base, "model.safetensors", **missing_ok, **hub)
+        single = cached_file(base, WEIGHTS, **missing_ok, **hub)
         if single is not None:
             return [single]
-        index = cached_file(base, "model.safetensors.index.json", **missing_ok, **hub)
+        index = cached_file(base, INDEX, **missing_ok, **hub)
         if index is not None:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-            return [cached_file(base, name, **hub) for name in names]
+            return [cached_file(base, name, **hub) for name in files_in_index(index)]
     except OSError as error:
         raise ValueError(f"this add-on's base model {base!r} cannot be read: {error} {_MOVED}") from error
     raise ValueError(f"this add-on's base model {base!r} holds no model.safetensors. {_MOVED}")
+
+
+def _fingerprint_in(checkpoint_files: list[str]) -> str | None:
+    """What an add-on recorded about its base; None in one that is older than such records."""
+    for file in checkpoint_files:
+        with safe_open(file, "pt") as weights:
+            fingerprint = (weights.metadata() or {}).get(FINGERPRINT)
+        if fingerprint is not None:
+            return fingerprint
+    return None
+
+
+def _check_sizes(model: PreTrainedModel, base: str, **hub: Any) -> None:
+    if not PreTrainedConfig.get_config_dict(base, **hub)[0]:  # weights without a configuration
+        return
+    try:
+        config = AutoConfig.from_pretrained(base, **hub)
+    except Exception as error:  # transformers checks fields with classes of errors of its own
+        raise ValueError(
+            f"the configuration of the base model {base!r} cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    check_base(base, config, model.config.vlm_config)
 
 
 def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_config: Any) -> tuple[list[str], Any]:
@@ -73,7 +104,8 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
         The files, and a `load_config` that knows which file holds which weight (for offloading to disk).
 
     Raises:
-        ValueError: the add-on names no base, the base cannot be found, or it holds branches of its own.
+        ValueError: the add-on names no base, the base cannot be found or is damaged, it holds branches of its own, or
+            it is not the one that the add-on was made for.
     """
     base = model.config.base_model_name_or_path
     if base is None:
@@ -83,11 +115,12 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
         )
     hub = {key: load_config.download_kwargs.get(key) for key in _HUB_KEYWORDS}
     hub = {key: value for key, value in hub.items() if value is not None}
-    files = [*checkpoint_files, *_base_files(base, revision=model.config.base_model_revision, **hub)]
+    hub["revision"] = model.config.base_model_revision
+    base_files = _base_files(base, **hub)
+    files = [*checkpoint_files, *base_files]
     weight_map: dict[str, str] = {}
     for file in files:
-        with safe_open(file, "pt") as weights:
-            keys = list(weights.keys())
+        keys = tensor_names(file)
         if file not in checkpoint_files and any(key.startswith("zoom.") for key in keys):
             raise ValueError(
                 f"the base model {base!r} is itself a Q-Zoom checkpoint, whose branches would replace the add-on's. "
@@ -101,6 +134,8 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
             )
         # transformers puts the folder of the first file before these names, which absolute ones ignore
         weight_map.update(dict.fromkeys(keys, os.path.abspath(file)))
+    _check_sizes(model, base, **hub)
+    check_base_weights(base, _fingerprint_in(checkpoint_files), base_files)
     return files, replace(load_config, sharded_metadata={"weight_map": weight_map})
 
 
@@ -111,7 +146,7 @@ def load_lora(model: PreTrainedModel, name: str | os.PathLike[str], subfolder: s
 
     Raises:
         ImportError: peft is missing.
-        ValueError: weights of the adapter are missing or have no place.
+        ValueError: weights of the adapter are missing, damaged or have no place.
     """
     if not is_peft_available():
         raise ImportError("this add-on comes with a LoRA adapter, which needs peft: pip install peft")
@@ -120,9 +155,9 @@ def load_lora(model: PreTrainedModel, name: str | os.PathLike[str], subfolder: s
 
     folder = "/".join(part for part in (subfolder, model.config.lora_subfolder) if part)
     config_file, weights_file = (
-        cached_file(name, file, subfolder=folder, **hub)
-        for file in ("adapter_config.json", "adapter_model.safetensors")
+        cached_file(name, file, subfolder=folder, **hub) for file in ("adapter_config.json", ADAPTER_WEIGHTS)
     )
+    check_weight_files([weights_file])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject_adapter_in_model(PeftConfig.from_pretrained(os.path.dirname(config_file)), model)
     weights = {key.removeprefix("base_model.model."): weight for key, weight in load_file(weights_file).items()}
@@ -162,7 +197,7 @@ def check_vlm_unchanged(model: PreTrainedModel, base: str, revision: str | None)
     Raises:
         ValueError: the base cannot be read, or the VLM differs from it.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, damage_named(base, revision=revision):
         try:
             config = AutoConfig.from_pretrained(base, revision=revision)
             placement = {}
@@ -281,12 +316,19 @@ def write_addon(
         auto_map: class references for config.json.
 
     Raises:
-        ValueError: as `lora_state` and `check_vlm_unchanged`; nothing is written then.
+        ValueError: as `lora_state` and `check_vlm_unchanged`, or the folder holds something else; nothing is written
+            then.
     """
+    model.config.check_fields()
+    check_target(folder, ADDON, (base, model.config.base_model_name_or_path, model.config.vlm_config._name_or_path))
     lora = lora_state(model)
+    if lora is not None:
+        check_target(folder / LORA_FOLDER, ADAPTER, (base,))
     recipe = check_vlm_unchanged(model, base, base_revision)
     branches = branch_state(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}
+    with contextlib.suppress(ValueError):  # a base in another format can only be compared in memory, as above
+        metadata[FINGERPRINT] = base_fingerprint(_base_files(base, revision=base_revision))
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -297,15 +339,16 @@ def write_addon(
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     config.auto_map = dict(auto_map)
-    save_file(branches, folder / "model.safetensors", metadata={"format": "pt"})
-    if model.is_remote_code():
-        custom_object_save(model, folder)
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if lora is not None:
-        weights, lora_config = lora
-        lora_config.base_model_name_or_path = base
-        (folder / LORA_FOLDER).mkdir(exist_ok=True)
-        lora_config.save_pretrained(folder / LORA_FOLDER)
-        save_file(weights, folder / LORA_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
+    with staged(folder) as target:
+        save_file(branches, target / WEIGHTS, metadata=metadata)
+        if model.is_remote_code():
+            custom_object_save(model, target)
+        config.save_pretrained(target)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(target)
+        if lora is not None:
+            weights, lora_config = lora
+            lora_config.base_model_name_or_path = base
+            (target / LORA_FOLDER).mkdir()
+            lora_config.save_pretrained(target / LORA_FOLDER)
+            save_file(weights, target / LORA_FOLDER / ADAPTER_WEIGHTS, metadata={"format": "pt"})

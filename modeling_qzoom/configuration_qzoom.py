@@ -1,5 +1,12 @@
 """Configuration of a Q-Zoom model: any supported vision-language model (VLM) plus the zoom options."""
 
+import difflib
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers import AutoConfig
@@ -7,6 +14,72 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import spec_for_config, spec_for_model_type
 from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
+
+
+# what the VLM's configuration says and this one only repeats
+_OF_THE_VLM = ("text_config", "vision_config", "image_token_id", "video_token_id")
+# closer than foreign names that resemble ours, such as "image_size" to "image_std"
+_MISSPELT = 0.8
+
+
+def own_fields() -> set[str]:
+    """Names of the fields that `QZoomConfig` adds to those of transformers."""
+    return set(inspect.signature(QZoomConfig.__init__).parameters) - {"self", "kwargs"}
+
+
+def refuse_misspelt(names: Iterable[str]) -> None:
+    """Refuses names that are no fields but nearly are; other foreign names pass.
+
+    Raises:
+        ValueError: names the field that was meant.
+    """
+    known = own_fields()
+    for name in set(names) - known:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=_MISSPELT)
+        if close and not name.startswith("_"):
+            raise ValueError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
+
+
+def _as_vlm_config(value: Any) -> PreTrainedConfig:
+    """The wrapped VLM's configuration, from any form that it may have.
+
+    Raises:
+        ValueError: it is none, or not that of a supported VLM.
+    """
+    if value is None:
+        value = {"model_type": "qwen2_5_vl"}
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"vlm_config must be a dict or a configuration of transformers, got {value!r}.")
+    fields = dict(value)
+    model_type = fields.pop("model_type", "qwen2_5_vl")
+    if not isinstance(model_type, str):
+        raise ValueError(f"vlm_config: model_type must be a name, got {model_type!r}.")
+    spec_for_model_type(model_type)  # its error is the clearer one
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # transformers checks fields with classes of errors of its own
+        raise ValueError(f"vlm_config is no {model_type!r} configuration: {' '.join(str(error).split())}") from error
+
+
+def _checked_statistics(name: str, value: Any) -> list[float]:
+    """`image_mean` or `image_std` as three Python numbers."""
+    try:
+        numbers = [python_number(number) for number in value]
+    except TypeError:
+        numbers = []
+    usable = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    if len(numbers) != 3 or not usable or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name} must be three finite numbers, one a colour channel, got {value!r}.")
+    if name == "image_std" and min(numbers) <= 0:
+        raise ValueError(f"image_std must be above 0, since pixel values are divided by it, got {value!r}.")
+    return numbers
+
+
+def _as_json(value: Any) -> Any:
+    content = value.to_dict() if isinstance(value, PreTrainedConfig) else value
+    return json.loads(json.dumps(content, default=str))
 
 
 class QZoomConfig(PreTrainedConfig):
@@ -45,8 +118,9 @@ class QZoomConfig(PreTrainedConfig):
         lora_subfolder (`str`, *optional*): where an add-on keeps the LoRA adapter that belongs to it.
 
     Raises:
-        ValueError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, an option out of range, or
-            a preset that is unknown, sets something else or holds such an option.
+        ValueError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, a field of the wrong type or
+            out of range, a misspelt one, a preset that is unknown, sets something else or holds such an option, or
+            `tie_word_embeddings` other than the VLM's.
     """
 
     model_type = "qzoom"
@@ -76,14 +150,20 @@ class QZoomConfig(PreTrainedConfig):
         lora_subfolder: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if vlm_config is None:
-            vlm_config = {"model_type": "qwen2_5_vl"}
-        if isinstance(vlm_config, dict):
-            vlm_config = dict(vlm_config)
-            model_type = vlm_config.pop("model_type", "qwen2_5_vl")
-            spec_for_model_type(model_type)  # its error is the clearer one
-            vlm_config = AutoConfig.for_model(model_type, **vlm_config)
-        self.vlm_config: PreTrainedConfig = vlm_config
+        refuse_misspelt(kwargs)
+        tied = kwargs.pop("tie_word_embeddings", None)
+        if tied is not None and (vlm_config is None or isinstance(vlm_config, dict)):
+            vlm_config = {"tie_word_embeddings": tied, **(vlm_config or {})}
+        self.vlm_config: PreTrainedConfig = _as_vlm_config(vlm_config)
+        spec = spec_for_config(self.vlm_config)
+        if tied is not None and tied != self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings={tied!r}, but vlm_config, which decides, says {self.tie_word_embeddings}; set "
+                "it there."
+            )
+        for name in _OF_THE_VLM:
+            if name in kwargs and _as_json(kwargs.pop(name)) != _as_json(getattr(self, name)):
+                raise ValueError(f"{name} is the VLM's own and belongs into vlm_config, which says otherwise.")
         self.branch_layer = branch_layer
         self.branch_depth = branch_depth
         self.has_gate = has_gate
@@ -95,23 +175,27 @@ class QZoomConfig(PreTrainedConfig):
         self.crop_max_tokens = crop_max_tokens
         self.position_alignment = position_alignment
         self.effort = effort
-        if not isinstance(presets, (dict, type(None))):
-            raise ValueError(f"presets must be a dict of options by preset name, got {presets!r}.")
-        self.presets = dict(presets or {})
+        self.presets: dict[str, dict[str, Any]] = {} if presets is None else presets
         self.min_tokens = min_tokens
         self.max_tokens = max_tokens
-        spec = spec_for_config(vlm_config)
-        self.image_mean = list(image_mean or spec.image_mean)
-        self.image_std = list(image_std or spec.image_std)
+        self.image_mean: list[float] = list(spec.image_mean) if image_mean is None else image_mean
+        self.image_std: list[float] = list(spec.image_std) if image_std is None else image_std
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.lora_subfolder = lora_subfolder
-        kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
-        self._validate()
+        self.check_fields()
 
-    def _validate(self) -> None:
+    def check_fields(self) -> None:
+        """Checks every field; what was assigned since is checked when a model is built or anything is saved.
+
+        Raises:
+            ValueError: a sentence per misuse.
+        """
+        if not isinstance(self.vlm_config, PreTrainedConfig):
+            raise ValueError(f"vlm_config must be a configuration of transformers, got {self.vlm_config!r}.")
         for name in ("branch_layer", "branch_depth"):
+            setattr(self, name, python_number(getattr(self, name)))
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a whole number of decoder layers, got {value!r}.")
@@ -127,12 +211,96 @@ class QZoomConfig(PreTrainedConfig):
                 f"branch_layer + branch_depth = {self.branch_layer} + {self.branch_depth} exceeds the VLM's "
                 f"{num_layers} decoder layers; choose branch_layer ≤ {num_layers - self.branch_depth}."
             )
+        if not isinstance(self.has_gate, bool):
+            raise ValueError(f"has_gate must be True or False, got {self.has_gate!r}.")
+        for name in ("image_mean", "image_std"):
+            setattr(self, name, _checked_statistics(name, getattr(self, name)))
+        self._check_budget()
+        self._check_places()
+        if not isinstance(self.presets, dict) or not all(isinstance(name, str) for name in self.presets):
+            raise ValueError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
         for name in OPTION_NAMES:
             setattr(self, name, python_number(getattr(self, name)))  # JSON holds no NumPy scalars
         options = ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
         validate_options(options, mrope=spec.mrope)
         self.presets = check_presets(self.presets, options, mrope=spec.mrope)
         find_preset(self.effort, self.presets)
+
+    def _check_budget(self) -> None:
+        for name in ("min_tokens", "max_tokens"):
+            value = python_number(getattr(self, name))
+            setattr(self, name, value)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).")
+
+    def _check_places(self) -> None:
+        for name in ("base_model_name_or_path", "base_model_revision", "lora_subfolder"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                setattr(self, name, value)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name} must be a name or None, got {value!r}.")
+        place = PurePosixPath((self.lora_subfolder or "lora").replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"lora_subfolder must be a folder inside the add-on's, got {self.lora_subfolder!r}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for any configuration of transformers; fields that `kwargs` replace are checked like the others."""
+        refuse_misspelt(kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).check_fields()
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the decoder's configuration where readers of plain VLM configurations look for it."""
+        decoder = self.text_config.to_dict()
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings, "text_config": decoder}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a saved file holds."""
+        return {name: value for name, value in super().to_diff_dict().items() if name != "text_config"}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As for any configuration of transformers.
+
+        Raises:
+            ValueError: a field does not hold, or the folder holds another model's config.json.
+        """
+        self.check_fields()
+        path = Path(save_directory) / "config.json"
+        if path.is_file():
+            try:
+                model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+            except (ValueError, AttributeError):
+                model_type = None
+            if model_type != self.model_type:
+                raise ValueError(
+                    f"{path} is not that of a Q-Zoom model (model_type {model_type!r}), and saving would overwrite "
+                    "it; choose another folder."
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether input and output embedding are one weight; assigning it changes the VLM's configuration."""
+        return bool(getattr(self.vlm_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"tie_word_embeddings must be True or False, got {value!r}.")
+        for config in (self.vlm_config, self.get_text_config()):
+            if hasattr(config, "tie_word_embeddings"):
+                config.tie_word_embeddings = value
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The decoder's configuration, by the name that it has in a plain VLM's."""
+        return self.get_text_config()
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The decoder's configuration, which caches, `generate` and trainers ask for."""

@@ -1,8 +1,6 @@
 """Loading and saving: attach to a plain VLM, full checkpoints, and add-ons that hold the branches only."""
 
 import copy
-import difflib
-import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +21,16 @@ from .addons_qzoom import (
 )
 from .backbones_qzoom import spec_for_config, spec_for_model_type
 from .branches_qzoom import ZoomBranches
+from .checkpoint_checks_qzoom import (
+    check_is_qzoom,
+    check_loading_info,
+    check_vlm_complete,
+    check_zoom_config,
+    damage_keywords,
+    hub_keywords,
+)
 from .configuration_qzoom import QZoomConfig
+from .fingerprints_qzoom import comparing_weights
 from .quantization_qzoom import (
     UNQUANTIZED,
     adopt_placement,
@@ -35,6 +42,8 @@ from .quantization_qzoom import (
     protect_from_quantization,
     restore_storage_format,
 )
+from .saving_qzoom import FULL, check_target, staged
+from .weight_files_qzoom import check_weight_files, damage_named
 
 
 # at runtime the methods below reach transformers' through the class that they are mixed into
@@ -45,11 +54,6 @@ else:
 Model = TypeVar("Model", bound="QZoomLoadingMixin")
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-_HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies", "force_download")
-
-
-def _hub_keywords(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
-    return {key: kwargs[key] for key in (*_HUB_KEYWORDS, *more) if kwargs.get(key) is not None}
 
 
 def _attention_by_part(config: PreTrainedConfig) -> dict[str, Any]:
@@ -73,17 +77,6 @@ def image_statistics(name: str, **hub: Any) -> dict[str, list[float]]:
     return {key: found[key] for key in ("image_mean", "image_std") if found.get(key)}
 
 
-def check_zoom_config(fields: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: a key is no field of `QZoomConfig`.
-    """
-    known = set(inspect.signature(QZoomConfig.__init__).parameters) - {"self", "kwargs", "vlm_config"}
-    for key in sorted(set(fields) - known):
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}."
-        raise ValueError(f"zoom_config has no field {key!r}{hint}")
-
-
 def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in target.state_dict().items():
@@ -102,40 +95,6 @@ def copy_branches_from_decoder(branches: ZoomBranches, decoder: PreTrainedModel,
         _load_copy(branches.region.scorer, {name.removeprefix("self_attn."): part for name, part in state.items()})
     if branches.region.norm is not None:
         _load_copy(branches.region.norm, dense_state(decoder.norm))
-
-
-def check_loading_info(name: str, info: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose branches or VLM would be partly random.
-
-    Args:
-        info: transformers' report of the load.
-
-    Raises:
-        ValueError: names the weights.
-    """
-    for kind, meaning in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "holds unknown"),
-        ("mismatched_keys", "holds wrongly shaped"),
-    ):
-        keys = [key[0] if isinstance(key, tuple) else key for key in info[kind]]
-        wrong = sorted(key for key in keys if key.startswith("zoom."))
-        if wrong:
-            raise ValueError(
-                f"{name} {meaning} branch weights, so its branches would be random or incomplete: "
-                f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''} ({len(wrong)} in all). Check branch_layer, "
-                "branch_depth and has_gate in its config, or attach fresh branches with from_backbone."
-            )
-    check_vlm_complete(name, info)
-
-
-def check_vlm_complete(name: str, info: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: weights of the VLM are missing.
-    """
-    lost = sorted(key for key in info["missing_keys"] if not key.startswith("zoom."))
-    if lost:
-        raise ValueError(f"{name} lacks {len(lost)} weights of the VLM, e.g. {lost[0]}; they would be random.")
 
 
 class QZoomLoadingMixin(_Base):
@@ -184,14 +143,15 @@ class QZoomLoadingMixin(_Base):
             return cls._around(vlm, fields)
         name = os.fspath(vlm)
         # the model type first: transformers' own message on one that it does not know would not help
-        found, _ = PreTrainedConfig.get_config_dict(name, **_hub_keywords(kwargs, "subfolder"))
+        found, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
         if found.get("model_type") == QZoomConfig.model_type:
             raise ValueError(f"{name} is a Q-Zoom checkpoint already; load it with from_pretrained.")
         spec_for_model_type(found.get("model_type"))
-        fields = {**image_statistics(name, **_hub_keywords(kwargs, "subfolder")), **fields}
+        fields = {**image_statistics(name, **hub_keywords(kwargs, "subfolder")), **fields}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], ("lm_head",))
-        plain, info = AutoModelForImageTextToText.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+        with damage_named(name, **damage_keywords(kwargs)):
+            plain, info = AutoModelForImageTextToText.from_pretrained(name, **{**kwargs, "output_loading_info": True})
         check_vlm_complete(name, info)
         fields.setdefault("base_model_name_or_path", os.path.abspath(name) if os.path.isdir(name) else name)
         fields.setdefault("base_model_revision", kwargs.get("revision"))
@@ -232,32 +192,32 @@ class QZoomLoadingMixin(_Base):
         *args: Any,
         output_loading_info: bool = False,
         base_model_name_or_path: str | os.PathLike[str] | None = None,
+        check_base: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Loads a full checkpoint, or an add-on together with the base model that it names.
+        """Loads a full checkpoint, an add-on together with the base model that it names, or either of them with an
+        adapter of peft, whose folder then is named.
 
         Args:
             pretrained_model_name_or_path, args, kwargs: as for any model of transformers.
             output_loading_info: also return transformers' report of the load.
             base_model_name_or_path: where an add-on's base model is now.
+            check_base: False puts an add-on on a base with other weights than it was made for, such as another
+                training of that model.
 
         Returns:
             The model, in evaluation mode; with `output_loading_info` a pair of it and the report.
 
         Raises:
-            ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, or an add-on's base
-                cannot be found.
-            ImportError: the add-on has a LoRA adapter and peft is missing.
+            ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, a file is damaged, or
+                an add-on's base cannot be found or is another one.
+            ImportError: there is an adapter and peft is missing.
         """
         name = pretrained_model_name_or_path
         config = kwargs.get("config")
+        adapted = None
         if not isinstance(config, PreTrainedConfig) and name is not None:
-            found, _ = PreTrainedConfig.get_config_dict(config or name, **_hub_keywords(kwargs, "subfolder"))
-            if found.get("model_type") != QZoomConfig.model_type:
-                raise ValueError(
-                    f"{config or name} holds a plain {found.get('model_type')!r} model, not a Q-Zoom checkpoint; "
-                    "attach fresh branches with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
-                )
+            adapted = check_is_qzoom(config or name, kwargs)
         if base_model_name_or_path is not None:
             base = os.fspath(base_model_name_or_path)
             if isinstance(config, PreTrainedConfig):
@@ -267,13 +227,19 @@ class QZoomLoadingMixin(_Base):
                 kwargs |= {"base_model_name_or_path": base, "base_model_revision": None}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], UNQUANTIZED)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        check_loading_info(str(name), info)
+        with comparing_weights(check_base), damage_named(name, adapted, **damage_keywords(kwargs)):
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        check_loading_info(str(adapted or name), info)
         keep_output_embedding_dense(model)
         if model.config.lora_subfolder is not None:
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"{name}: the adapter there belongs to an add-on that has a LoRA adapter of its own; merge that "
+                    "one first (merge_lora and save_pretrained of the add-on)."
+                )
             if name is None:
                 raise ValueError("this add-on has a LoRA adapter, which is read from its folder; pass its name.")
-            load_lora(model, name, kwargs.get("subfolder", ""), **_hub_keywords(kwargs))
+            load_lora(model, name, kwargs.get("subfolder", ""), **hub_keywords(kwargs))
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -286,6 +252,7 @@ class QZoomLoadingMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """Adds the base model's files to those of an add-on, so that one pass loads both."""
+        check_weight_files(checkpoint_files)
         if state_dict is None and checkpoint_files and holds_only_branches(checkpoint_files):
             checkpoint_files, load_config = with_base_files(model, checkpoint_files, load_config)
         return PreTrainedModel._load_pretrained_model(
@@ -306,9 +273,13 @@ class QZoomLoadingMixin(_Base):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves a full checkpoint: VLM, branches, configuration and code; arguments as for any model of transformers.
 
+        Files are written beside those that they replace and take their places at the end.
+
         Raises:
-            ValueError: the model was given to peft's `get_peft_model`, and its LoRA is not merged.
+            ValueError: the model was given to peft's `get_peft_model`, and its LoRA is not merged; or the folder is
+                its base's or holds anything else than an earlier full checkpoint.
         """
+        self.config.check_fields()
         if has_unmerged_lora(self) and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "the model carries an unmerged LoRA adapter, whose weights a full checkpoint has no place for. "
@@ -320,7 +291,21 @@ class QZoomLoadingMixin(_Base):
         self._keep_generation_options()
         restore_storage_format(self)
         forget_unpacking(self)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        is_main = args[0] if args else kwargs.get("is_main_process", True)
+        if is_main and not getattr(self, "_hf_peft_config_loaded", False):  # of an adapted model, only the adapter
+            bases = (self.config.base_model_name_or_path, self.config.vlm_config._name_or_path)
+            check_target(save_directory, FULL, bases)
+        # where several processes write one checkpoint, they have to meet in one folder
+        is_shared = (
+            kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None) is not None
+        )
+        if is_shared or not is_main:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with staged(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
 
     def save_addon(
         self,

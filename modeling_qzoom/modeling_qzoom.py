@@ -69,6 +69,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
     def __init__(self, config: QZoomConfig) -> None:
+        config.check_fields()  # of what was assigned since it was made
         super().__init__(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         decoder = self.vlm.get_decoder()

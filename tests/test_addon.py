@@ -322,9 +322,10 @@ def test_dense_addon_on_a_quantized_base(qwen, tmp_path):
 def test_lora_folder_of_an_earlier_save_is_ignored(qwen, tmp_path):
     qwen.add_adapter(_lora())
     _train_lora(qwen)
-    qwen.save_addon(tmp_path / "folder")
-    loaded = load(tmp_path / "folder")
+    qwen.save_addon(tmp_path / "addon")
+    loaded = load(tmp_path / "addon")
     loaded.merge_lora()
+    shutil.copytree(tmp_path / "addon" / "lora", tmp_path / "folder" / "lora")
     loaded.save_pretrained(tmp_path / "folder")
     assert (tmp_path / "folder" / "lora").exists()
     assert weights_equal(loaded, load(tmp_path / "folder"))

@@ -1,6 +1,7 @@
 """The converter on folders as the authors' code and transformers of that time write them, from tiny random models."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -184,6 +185,20 @@ def test_shards(tmp_path):
     with pytest.raises(ConversionError, match=names[1]):
         convert(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_damaged_files_are_named(tmp_path):
+    source = write_folder(tmp_path / "source", tiny_model("qwen2_5_vl"))
+    whole = (source / "config.json").read_bytes()
+    names = shard(source)
+    (source / "config.json").write_text('{"twig_K": ')
+    with pytest.raises(ConversionError, match="config.json cannot be read"):
+        convert(source, tmp_path / "output")
+    (source / "config.json").write_bytes(whole)
+    os.truncate(source / names[1], 200)
+    with pytest.raises(ConversionError, match=f"{names[1]} cannot be read: it is cut short"):
+        convert(source, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
 
 
 def test_settings_come_from_the_files(tmp_path):

@@ -91,6 +91,40 @@ def test_build_of_an_addon(tmp_path):
     assert _auto_map(build(tmp_path / "addon", tmp_path / "out")) == AUTO_MAPS["config.json"]
 
 
+def test_force_replaces_nothing_but_a_repository(tmp_path):
+    data = data_folder("qwen2_5_vl", tmp_path / "data")
+    base = Path(plain_folder("qwen2_5_vl", tmp_path / "base"))
+    trained = Path(shutil.copytree(data, tmp_path / "trained"))
+    clone = build(data, tmp_path / "clone")
+    (clone / ".git").mkdir()
+    (clone / ".git" / "HEAD").write_text("")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("")
+    for output in (base, trained, clone, tmp_path / "letters"):
+        before = sorted(path.name for path in output.rglob("*"))
+        with pytest.raises(BuildError, match="something else than a repository that was built before"):
+            build(data, output, force=True)
+        assert sorted(path.name for path in output.rglob("*")) == before
+    for options in ({"base_folder": base}, {"tokenizer": base}):
+        with pytest.raises(BuildError, match=r"a folder that is read|has a processor and a tokenizer of its own"):
+            build(data, base, force=True, **options)
+
+
+def test_a_build_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    data = data_folder("qwen2_5_vl", tmp_path / "data")
+    output = build(data, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(build_module, "render", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(data, output, force=True)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
 def test_build_refusals(tmp_path):
     data = data_folder("qwen2_5_vl", tmp_path / "data")
     output = build(data, tmp_path / "out")
@@ -100,6 +134,8 @@ def test_build_refusals(tmp_path):
     assert not (build(data, output, force=True) / "stale.txt").exists()
     with pytest.raises(BuildError, match="the checkpoint itself"):
         build(data, data, force=True)
+    with pytest.raises(BuildError, match="a folder that is read"):
+        build(data, output, force=True, base_folder=plain_folder("qwen2_5_vl", output / "base"))
     with pytest.raises(BuildError, match="not a folder"):
         build(tmp_path / "nowhere", tmp_path / "x")
     edit_weights(data, drop="zoom.")

@@ -15,7 +15,7 @@ import torch
 from hub_release import verify as verify_module
 from hub_release.build import build
 from hub_release.folder_checks import check_folder
-from hub_release.repository import AUTO_MAPS, published_files
+from hub_release.repository import AUTO_MAPS, package_version, published_files
 from hub_release.verify import needed_packages, verify
 from modeling_qzoom import QZoomForConditionalGeneration
 
@@ -50,7 +50,9 @@ def findings(folder: Path) -> list[str]:
 
 
 def test_nothing_is_wrong_with_what_was_built(published):
-    assert check_folder(published) == {name: [] for name in ("files", "code", "auto_map", "weights", "card")}
+    assert check_folder(published) == {
+        name: [] for name in ("files", "code", "auto_map", "contents", "weights", "card")
+    }
 
 
 # --- one thing wrong -------------------------------------------------------------------------------------------------
@@ -149,6 +151,45 @@ WRONG = {
     "no such class": (
         replace("processing_qzoom.py", "class QZoomProcessor(", "class Processor("),
         r"processing_qzoom\.py defines no class QZoomProcessor",
+    ),
+    # contents
+    "altered code": (
+        add_line("reports_qzoom.py", '\nraise RuntimeError("broken on arrival")\n'),
+        r"^reports_qzoom\.py: not as in this package; changed after the build",
+    ),
+    "altered code, no version named": (
+        lambda folder: [
+            add_line("crops_qzoom.py", "\n")(folder),
+            replace("keywords_qzoom.py", "def ", "def  ")(folder),
+            fields("config.json", qzoom_version=None)(folder),
+        ],
+        r"^crops_qzoom\.py, keywords_qzoom\.py: not as in this package .*built by another version, which the folder",
+    ),
+    "code of another version": (
+        lambda folder: [
+            add_line("crops_qzoom.py", "\n")(folder),
+            fields("config.json", qzoom_version="0.0.7")(folder),
+        ],
+        rf"built by version 0\.0\.7 of the package, and this is version {re.escape(package_version())}, whose code",
+    ),
+    "unknown field": (fields("config.json", gate="open"), "nothing reads the field 'gate'"),
+    "tokenizer of others": (
+        fields("tokenizer_config.json", auto_map={"AutoTokenizer": ["someone/else--tokenization.Tokenizer", None]}),
+        r"tokenizer_config\.json: AutoTokenizer refers to .*someone/else--tokenization\.Tokenizer",
+    ),
+    "image processor of others": (
+        lambda folder: fields(
+            "processor_config.json",
+            image_processor={
+                **json.loads((folder / "processor_config.json").read_text())["image_processor"],
+                "auto_map": {"AutoImageProcessor": "images.Processor"},
+            },
+        )(folder),
+        r"processor_config\.json: AutoImageProcessor refers to 'images\.Processor'",
+    ),
+    "pipeline of others": (
+        fields("generation_config.json", custom_pipelines={"zoom": {"impl": "pipe.Pipe"}}),
+        r"generation_config\.json: zoom refers to \{'impl': 'pipe\.Pipe'\}",
     ),
     # weights
     "missing branch weight": (weights("zoom.gate.head.bias"), r"branch weights are missing: zoom\.gate\.head\.bias$"),
@@ -273,7 +314,7 @@ def test_demo_checkpoint_passes(tmp_path, capsys):
     status, lines = verdict(capsys, folder, "--here")
     assert (status, lines[-1]) == (0, f"verdict: {folder} can be published")
     assert [line.split() for line in lines[:-1]] == [
-        [name, "right"] for name in ("files", "code", "auto_map", "weights", "card", "loading")
+        [name, "right"] for name in ("files", "code", "auto_map", "contents", "weights", "card", "loading")
     ]
 
 
@@ -320,9 +361,9 @@ def test_converted_golden_checkpoint_passes(case, tmp_path):
 
 
 def test_what_only_running_shows_is_refused_too(folder, capsys):
-    add_line("reports_qzoom.py", '\nraise RuntimeError("broken on arrival")\n')(folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('broken on arrival') }}")
     status, lines = verdict(capsys, folder, "--here")
-    assert status == 1 and "it cannot be used there: RuntimeError: broken on arrival" in lines[-1]
+    assert status == 1 and "it cannot be used there: " in lines[-1] and "broken on arrival" in lines[-1]
 
 
 def test_environments_that_are_of_no_use(folder, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from ..evaluation.asking import Answer
 from ..evaluation.cost import PrefillCost, Prompt
 from ..fused_pass_qzoom import marker_ids
 from ..options_qzoom import OPTION_NAMES, resolve_options
+from ..saving_qzoom import ADDON, FULL, check_target, staged, what_is_in
 from .answers import greedy_answers
 from .data import BadRows, Row, load_rows
 from .judges import Judge, judge_for
@@ -279,7 +280,8 @@ def target_folder(config: CalibrateConfig) -> Path:
     """Where the presets go.
 
     Raises:
-        ValueError: The model is no folder and no output is given, or it is no Q-Zoom checkpoint.
+        ValueError: The model is no folder and no output is given, it is no Q-Zoom checkpoint, or the output folder
+            holds another model or lies inside the model's.
     """
     source = Path(config.model) / "config.json"
     if source.is_file():
@@ -289,7 +291,14 @@ def target_folder(config: CalibrateConfig) -> Path:
             )
     elif config.output is None:
         raise ValueError(f"model={config.model} is no folder whose config.json could be changed; give output=FOLDER.")
-    return Path(config.output or config.model)
+    folder, model = Path(config.output or config.model), Path(config.model)
+    if model.is_dir() and folder.resolve() != model.resolve():
+        if folder.resolve().is_relative_to(model.resolve()):
+            raise ValueError(f"output={config.output} lies inside the model's folder, which is copied there.")
+        check_target(folder, what_is_in(model) or FULL)
+    elif not model.is_dir():
+        check_target(folder, ADDON if config.load_in_4bit else FULL)
+    return folder
 
 
 def write_presets(folder: Path, presets: dict[str, dict[str, Any]]) -> None:
@@ -313,7 +322,8 @@ def _store(session: Session, config: CalibrateConfig, folder: Path, presets: dic
         save_session(session, folder, "addon" if config.load_in_4bit else "full")
     elif folder.resolve() != source.resolve():
         # as it is, whatever its format; a run's own checkpoints stay behind
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("trainer"))
+        with staged(folder) as target:
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("trainer"))
     write_presets(folder, presets)
     logger.info("wrote presets into %s", folder / "config.json")
 

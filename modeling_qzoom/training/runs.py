@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ..addons_qzoom import has_unmerged_lora
+from ..saving_qzoom import ADDON, FULL, check_target
 from .session import Session, backbone_fingerprint, open_session, save_session
 from .stage_configs import TrainConfig
 from .trainer import Counts, StageTrainer, hold_trainable, load_trained, training_arguments
@@ -81,12 +82,13 @@ def is_finished(config: TrainConfig, stage: str) -> bool:
     """Whether the output folder holds the finished checkpoint of exactly this run; says so.
 
     Raises:
-        ValueError: It holds another run, or 4-bit weights are to be saved in full.
+        ValueError: It holds another run or another model, or 4-bit weights are to be saved in full.
     """
     if config.load_in_4bit and config.output_format != "addon":
         raise ValueError("A 4-bit backbone is not written out: set output_format=addon.")
     record = _read_record(config, stage)
     if record is None or not record["finished"]:
+        check_target(config.output, ADDON if config.output_format == "addon" else FULL)  # not hours later
         return False
     logger.info("%s is finished; delete the folder to train it again", config.output)
     return True

@@ -121,6 +121,7 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
     for name, value in budget.items():
         setattr(processor, name, value)
         setattr(model.config, name, value)
+    model.config.check_fields()
     if not config.load_in_4bit:
         model = model.to(device)
     return Session(model.eval(), processor, config)

@@ -284,7 +284,9 @@ class StageTrainer(Trainer):
         weights = self.trained_weights()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / WEIGHTS)
+            partial = folder / f"{WEIGHTS}.partial"
+            save_file(weights, partial)
+            partial.replace(folder / WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

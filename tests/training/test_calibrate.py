@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from modeling_qzoom import QZoomConfig
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 from modeling_qzoom.training import calibrate
 from modeling_qzoom.training.answers import greedy_answers
 from modeling_qzoom.training.data import load_rows
@@ -15,7 +16,7 @@ from modeling_qzoom.training.points import Outcomes, Point, choose_presets, gate
 from modeling_qzoom.training.region_thresholds import Candidate, agreements, rank_candidates
 from modeling_qzoom.training.session import open_session
 from modeling_qzoom.training.stage_configs import CalibrateConfig, ModelConfig
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_model, tiny_vlm
 
 from .stage_fixtures import budget, write_data, write_model
 from .test_mine_fusion import answer_rows
@@ -303,8 +304,6 @@ def test_refused_models(qwen, tmp_path):
     _, data = qwen
     with pytest.raises(ValueError, match="no folder whose config.json could be changed; give output="):
         calibrate.run(config("someone/model", data))
-    from tests.tiny import tiny_vlm
-
     tiny_vlm("qwen2_5_vl").save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="is a plain VLM"):
         calibrate.run(config(str(tmp_path / "plain"), data))
@@ -314,3 +313,29 @@ def test_llava_has_no_crop_budgets(tmp_path):
     model = write_model(tmp_path / "model", "llava", **REGION)
     with pytest.raises(ValueError, match="crops of this backbone always have one size"):
         calibrate.run(config(model, write_data(tmp_path / "data"), crop_max_tokens=[8]))
+
+
+def test_an_output_folder_that_holds_something_else_is_refused_before_the_run(qwen, tmp_path):
+    model, data = qwen
+    tiny_vlm("llava").save_pretrained(tmp_path / "plain")
+    weights = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="plain holds a plain 'llava' model, which a full Q-Zoom checkpoint"):
+        calibrate.run(config(model, data, output=str(tmp_path / "plain")))
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ValueError, match="lies inside the model's folder"):
+        calibrate.run(config(model, data, output=f"{model}/presets"))
+
+
+def test_no_weights_of_an_earlier_output_are_read(qwen, tmp_path):
+    model, data = qwen
+    shutil.copytree(model, tmp_path / "out")
+    split = tmp_path / "split"
+    shutil.copytree(model, split)
+    changed = QZoomForConditionalGeneration.from_pretrained(model)
+    with torch.no_grad():
+        changed.zoom.gate.head.bias += 1
+    changed.save_pretrained(split, max_shard_size="300KB")
+    calibrate.run(config(str(split), data, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    loaded = QZoomForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.zoom.gate.head.bias, changed.zoom.gate.head.bias)

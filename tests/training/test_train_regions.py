@@ -24,7 +24,7 @@ from modeling_qzoom.training.train_regions import (
     sequences,
     usable_records,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, tiny_vlm
 
 from .stage_fixtures import budget, region_record, write_data, write_model, write_region_labels
 
@@ -67,6 +67,15 @@ def config_of(setting: dict[str, str], output: Path, **fields) -> TrainRegionsCo
         **budget(setting["family"]),
         **fields,
     )
+
+
+@pytest.mark.parametrize("output_format", ["full", "addon"])
+def test_an_output_folder_that_holds_another_model_is_refused_before_the_run(single, output_format, tmp_path) -> None:
+    tiny_vlm("qwen2_5_vl").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds a plain 'qwen2_5_vl' model"):
+        train_regions.run(config_of(single, tmp_path, output_format=output_format))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def dataset_of(session: Session, setting, most: int) -> RegionDataset:
