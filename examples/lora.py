@@ -6,7 +6,7 @@ the extra `train`; for a whole data set use the stage `train-fusion` (examples/t
 
 import peft
 import torch
-from common import OUT, PAGE, QUESTIONS, arguments, plain_backbone
+from common import OUT, PAGE, QUESTIONS, arguments, plain_backbone, positive
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 options = arguments(
     __doc__,
     four_bit={"action": "store_true"},
-    steps={"type": int, "default": 12},
+    steps={"type": positive, "default": 12},
     output={"default": str(OUT / "lora-addon")},
 )
 nf4 = BitsAndBytesConfig(
