@@ -6,6 +6,7 @@ the extra `train`; for a whole data set use the stage `train-fusion` (examples/t
 
 import peft
 import torch
+import transformers
 from common import OUT, PAGE, QUESTIONS, arguments, plain_backbone, positive
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -36,7 +37,8 @@ decoder_only = r"vlm\..*language_model.*\.(q_proj|v_proj|up_proj|down_proj)"  # 
 try:
     model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules=decoder_only))
 except ValueError as error:  # each transformers asks for a peft of its time
-    raise SystemExit(f"error: {error} (installed: {peft.__version__}; transformers below 5.24 takes 0.20)") from None
+    here = f"transformers {transformers.__version__} and peft {peft.__version__} are installed"
+    raise SystemExit(f"error: {error} ({here}; a pair that goes together: pip install '.[train]')") from None
 
 
 def chat(question: str, answer: str | None = None) -> list[dict]:
