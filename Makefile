@@ -30,8 +30,8 @@ $(VENV)/.docs: $(VENV)/.core
 	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[docs]")
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.core
-	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[train]")
+$(VENV)/.stages: $(VENV)/.core
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[stages]")
 	@touch $@
 
 # the oldest transformers that pyproject.toml admits
@@ -77,7 +77,7 @@ docs: $(VENV)/.docs
 		'!modeling_qzoom.training.demo_.*')
 
 # the figures in the README, with the command that it names
-figures: $(VENV)/.train
+figures: $(VENV)/.stages
 	$(call timed,$(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --rows 2000 \
 		--output hub_release/checkpoints/qzoom-demo-figures.json --split test --seed 1 \
 		--pareto examples/assets/pareto.png --page-kinds)
@@ -92,11 +92,11 @@ release: $(VENV)/.core
 		&& $(BIN)/python hub_release/verify.py build/hub/qzoom-demo)
 
 # from nothing to hub_release/checkpoints/qzoom-demo
-train-demo: $(VENV)/.train
+train-demo: $(VENV)/.stages
 	$(call timed,$(BIN)/python hub_release/train_demo.py)
 
 # after train-demo, on its stages
-ablations: $(VENV)/.train
+ablations: $(VENV)/.stages
 	$(call timed,$(BIN)/python hub_release/ablate_demo.py)
 
 clean:

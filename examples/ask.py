@@ -1,11 +1,11 @@
 """One question about one image: python examples/ask.py [--image FILE --question TEXT]"""
 
-from common import FINE, PAGE, arguments
+from common import FINE, PAGE, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-options = arguments(__doc__, image={"default": PAGE}, question={"default": FINE})
+options = arguments(__doc__, image={"type": file, "default": PAGE}, question={"default": FINE})
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 

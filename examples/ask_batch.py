@@ -3,12 +3,12 @@
 python examples/ask_batch.py [--image FILE]
 """
 
-from common import PAGE, QUESTIONS, arguments
+from common import PAGE, QUESTIONS, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-options = arguments(__doc__, image={"default": PAGE})
+options = arguments(__doc__, image={"type": file, "default": PAGE})
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 

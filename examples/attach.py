@@ -5,7 +5,7 @@ branches are copies of decoder layers: they have to be trained (examples/train_o
 """
 
 import torch
-from common import FINE, OUT, PAGE, arguments, plain_backbone
+from common import FINE, OUT, PAGE, arguments, plain_backbone, positive
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -13,7 +13,7 @@ from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 
 
 options = arguments(
-    __doc__, backbone={}, layer={"type": int, "default": 3}, output={"default": str(OUT / "attached-addon")}
+    __doc__, backbone={}, layer={"type": positive, "default": 3}, output={"default": str(OUT / "attached-addon")}
 )
 backbone = options.backbone or plain_backbone(options.model)
 budget = {"min_tokens": 32, "max_tokens": 64}  # merged visual tokens of the coarse view; for a 3B rather 256 to 576

@@ -3,12 +3,12 @@
 python examples/chat_turns.py [--image FILE] [--questions TEXT TEXT ...]
 """
 
-from common import PAGE, QUESTIONS, arguments
+from common import PAGE, QUESTIONS, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-options = arguments(__doc__, image={"default": PAGE}, questions={"default": QUESTIONS, "nargs": "+"})
+options = arguments(__doc__, image={"type": file, "default": PAGE}, questions={"default": QUESTIONS, "nargs": "+"})
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 

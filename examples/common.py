@@ -7,7 +7,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import TracebackType
 
+from PIL.Image import DecompressionBombError
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 
@@ -25,6 +28,36 @@ _asked = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))["ques
 QUESTIONS = [item["question"] for item in _asked]
 FINE = next(item["question"] for item in _asked if item["kind"] == "fine")
 """The question whose answer is in small print."""
+_INPUT_AT_FAULT = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, DecompressionBombError)
+
+
+def in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What Python shows when an example ends with an error: one line, unless the example itself is at fault."""
+    if issubclass(kind, _INPUT_AT_FAULT):
+        sys.stderr.write(f"error: {' '.join(str(error).split()) or kind.__name__}\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def positive(text: str) -> int:
+    """An option's whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def file(text: str) -> Path:
+    """An option's file, which exists."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """An option's folder, which exists."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return Path(text)
 
 
 def demo_folder() -> Path:
@@ -44,6 +77,7 @@ def demo_folder() -> Path:
 
 def arguments(description: str, **more: dict) -> argparse.Namespace:
     """Options of an example: `--model`, and `more` by name, each with the keywords of `add_argument`."""
+    sys.excepthook = in_one_line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # save_addon compares with the base weight by weight, from the disk
@@ -53,12 +87,45 @@ def arguments(description: str, **more: dict) -> argparse.Namespace:
     for name, keywords in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     options = parser.parse_args()
+    for name, value in vars(options).items():
+        if isinstance(value, str) and as_utf8(value) != value:
+            parser.error(f"--{name.replace('_', '-')} is no text in UTF-8")
     options.model = options.model or str(demo_folder())
     return options
 
 
 def load_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def as_utf8(text: str) -> str:
+    """A file's name as text that can be stored anywhere: bytes of it that are no UTF-8 are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_rows(path: Path, schema) -> list[dict]:
+    """Rows of a parquet file that `write_rows` wrote with this schema."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); move it away, or name another folder") from None
+    if table.column_names != schema.names:
+        raise ValueError(f"{path} holds other columns than {schema.names}; move it away, or name another folder")
+    return table.to_pylist()
+
+
+def write_rows(rows: list[dict], schema, path: Path) -> None:
+    """A parquet file, whole or not at all; none without rows."""
+    from pyarrow import Table, parquet
+
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    partial = path.with_suffix(".partial")
+    parquet.write_table(Table.from_pylist(rows, schema=schema), partial)
+    partial.replace(path)
 
 
 def plain_backbone(folder: str) -> str:

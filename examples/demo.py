@@ -108,6 +108,9 @@ def main() -> int:
             show(model, processor, image, item["question"], item["answer"], arguments.output / f"overlay-{number}.png")
             for number, item in enumerate(questions, start=1)
         ]
+    except OSError as error:  # of the overlays
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {image_path}: {error}", file=sys.stderr)
         return 1

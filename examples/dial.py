@@ -1,11 +1,11 @@
 """What each setting of the dial says and costs: python examples/dial.py [--image FILE --question TEXT]"""
 
-from common import FINE, PAGE, arguments
+from common import FINE, PAGE, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-options = arguments(__doc__, image={"default": PAGE}, question={"default": FINE})
+options = arguments(__doc__, image={"type": file, "default": PAGE}, question={"default": FINE})
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 image = Image.open(options.image)

@@ -6,7 +6,8 @@ the extra `train`; for a whole data set use the stage `train-fusion` (examples/t
 
 import peft
 import torch
-from common import OUT, PAGE, QUESTIONS, arguments, plain_backbone
+import transformers
+from common import OUT, PAGE, QUESTIONS, arguments, plain_backbone, positive
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 options = arguments(
     __doc__,
     four_bit={"action": "store_true"},
-    steps={"type": int, "default": 12},
+    steps={"type": positive, "default": 12},
     output={"default": str(OUT / "lora-addon")},
 )
 nf4 = BitsAndBytesConfig(
@@ -36,7 +37,8 @@ decoder_only = r"vlm\..*language_model.*\.(q_proj|v_proj|up_proj|down_proj)"  # 
 try:
     model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules=decoder_only))
 except ValueError as error:  # each transformers asks for a peft of its time
-    raise SystemExit(f"error: {error} (installed: {peft.__version__}; transformers below 5.24 takes 0.20)") from None
+    here = f"transformers {transformers.__version__} and peft {peft.__version__} are installed"
+    raise SystemExit(f"error: {error} ({here}; a pair that goes together: pip install '.[train]')") from None
 
 
 def chat(question: str, answer: str | None = None) -> list[dict]:

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/offline_batch.py …     # several processes on CPUs
     python examples/offline_batch.py                  # one process; without --images, pieces of a page
 
-Answers lie in parquet files, each written whole or not at all. What one of them holds is not asked again, also when
-files were added or the number of processes has changed. An image that cannot be read gets a row with its error.
+Answers lie in parquet files, each written whole or not at all, and are not asked for again, also when files were
+added or the number of processes has changed. An unreadable image gets a row with its error, until the next run.
 """
 
 import hashlib
@@ -14,8 +14,7 @@ from pathlib import Path
 import pyarrow
 import torch
 from accelerate import PartialState
-from common import FINE, OUT, arguments, demo_images
-from pyarrow import parquet
+from common import FINE, OUT, arguments, as_utf8, demo_images, folder, positive, read_rows, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -26,38 +25,44 @@ SCHEMA = pyarrow.schema(
 )
 options = arguments(
     __doc__,
-    images={"type": Path, "help": "folder, searched with all its subfolders"},
+    images={"type": folder, "help": "folder, searched with all its subfolders"},
     question={"default": FINE},
     output={"type": Path, "default": OUT / "answers"},
-    batch_size={"type": int, "default": 4},
-    rows_per_file={"type": int, "default": 64, "help": "a stop loses at most so many answers of each process"},
+    batch_size={"type": positive, "default": 4},
+    rows_per_file={"type": positive, "default": 64, "help": "a stop loses at most so many answers of each process"},
 )
 asked = {"question": options.question, "model": options.model}  # other questions and models may share the folder
 state = PartialState(cpu=not torch.accelerator.is_available())  # which of how many processes this is, and its device
 with state.main_process_first():
-    folder = options.images or demo_images()
+    images = options.images or demo_images()
     options.output.mkdir(parents=True, exist_ok=True)
-
-done = set()
-for path in options.output.glob("*.parquet"):
-    for row in parquet.read_table(path, columns=["file", *asked]).to_pylist():
-        done |= {row["file"]} if {name: row[name] for name in asked} == asked else set()
-names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-missing = [name for name in names if name not in done]
+    done = set()
+    for path in options.output.glob("*.parquet"):
+        rows = read_rows(path, SCHEMA)
+        own = [row for row in rows if {name: row[name] for name in asked} == asked]
+        failed = [row for row in own if row["error"] is not None]  # to be asked again
+        if failed:
+            write_rows([row for row in rows if row not in failed], SCHEMA, path)
+        done |= {row["file"] for row in own if row not in failed}
+output = options.output.resolve()
+paths = [path for path in images.rglob("*") if path.is_file() and output not in path.resolve().parents]
+files = {as_utf8(path.relative_to(images).as_posix()): path for path in sorted(paths)}
+if not files:
+    raise SystemExit(f"error: there is no file in {images}")
+missing = [name for name in files if name not in done]
 state.wait_for_everyone()  # nobody writes before everybody has read, so that all share out the same list
 own = missing[state.process_index :: state.num_processes]
-state.print(f"{len(names)} files, {len(done)} done, {len(missing)} to do on {state.num_processes} processes")
+known = len(files) - len(missing)
+state.print(f"{len(files)} files, {known} done, {len(missing)} to do on {state.num_processes} processes")
 
-model = AutoModelForImageTextToText.from_pretrained(
-    options.model, trust_remote_code=True, device_map={"": state.device}
-)
+model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map=state.device)
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 
 
-def answer(files: list[str]) -> list[dict]:
+def answer(names: list[str]) -> list[dict]:
     """Rows of a batch; asked one by one if something is wrong with an image, to find out with which."""
     text = {"type": "text", "text": options.question}
-    contents = [[{"type": "image", "image": str(folder / name)}, text] for name in files]
+    contents = [[{"type": "image", "image": str(files[name])}, text] for name in names]
     try:
         inputs = processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in contents],
@@ -67,13 +72,13 @@ def answer(files: list[str]) -> list[dict]:
             return_tensors="pt",
         ).to(model.device)
     except (OSError, ValueError) as error:
-        if len(files) > 1:
-            return [row for name in files for row in answer([name])]
-        return [{"file": files[0], "error": str(error), **asked}]
+        if len(names) > 1:
+            return [row for name in names for row in answer([name])]
+        return [{"file": names[0], "error": as_utf8(str(error)), **asked}]
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False, return_zoom_reports=True)
     texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     rows = []
-    for name, reply, report in zip(files, texts, output.zoom_reports):
+    for name, reply, report in zip(names, texts, output.zoom_reports):
         zoom = {"reason": report.reason, "gate_probability": report.gate_probability, "box": report.box}
         tokens = report.coarse_tokens + report.crop_tokens
         rows.append({"file": name, "answer": reply, "visual_tokens": tokens, **zoom, **asked})
@@ -85,12 +90,11 @@ for start in range(0, len(own), options.rows_per_file):
     rows = []
     for first in range(0, len(part), options.batch_size):
         rows += answer(part[first : first + options.batch_size])
-    # no two parts begin with the same question about the same file, so no two have one name
-    key = hashlib.sha256(repr((part[0], asked)).encode()).hexdigest()[:16]
-    partial = options.output / f"{key}.partial"
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), partial)
-    partial.replace(partial.with_suffix(".parquet"))
-    print(f"process {state.process_index}: {start + len(part)} of {len(own)}", flush=True)
+    # no other file is about the same question and the same images, so none has this name
+    key = hashlib.sha256(repr((part, asked)).encode()).hexdigest()[:16]
+    write_rows(rows, SCHEMA, options.output / f"{key}.parquet")
+    failed = sum("error" in row for row in rows)
+    print(f"process {state.process_index}: {start + len(part)} of {len(own)}, {failed} unreadable", flush=True)
 state.wait_for_everyone()
 state.print(f"answers in {options.output}")
 state.destroy_process_group()

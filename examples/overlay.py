@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from common import FINE, OUT, PAGE, arguments
+from common import FINE, OUT, PAGE, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 options = arguments(
-    __doc__, image={"default": PAGE}, question={"default": FINE}, output={"type": Path, "default": OUT}
+    __doc__, image={"type": file, "default": PAGE}, question={"default": FINE}, output={"type": Path, "default": OUT}
 )
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)

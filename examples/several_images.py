@@ -3,12 +3,12 @@
 python examples/several_images.py [--images FILE FILE ...] [--question TEXT]
 """
 
-from common import FINE, PAGE, arguments
+from common import FINE, PAGE, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-options = arguments(__doc__, images={"nargs": "+"}, question={"default": FINE})
+options = arguments(__doc__, images={"type": file, "nargs": "+"}, question={"default": FINE})
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 

@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from common import OUT, arguments
+from common import OUT, arguments, file, positive
 
 from modeling_qzoom.evaluation.synthetic import ask_question, draw_page
 from modeling_qzoom.training.__main__ import main as run_stage
@@ -34,7 +34,10 @@ def draw_data(folder: Path, pages: int) -> Path:
 
 
 options = arguments(
-    __doc__, data={"type": Path}, steps={"type": int, "default": 4}, output={"type": Path, "default": OUT / "training"}
+    __doc__,
+    data={"type": file},
+    steps={"type": positive, "default": 4},
+    output={"type": Path, "default": OUT / "training"},
 )
 out = options.output
 data = options.data or draw_data(out / "data", pages=8)

@@ -81,6 +81,8 @@ def test_own_image_and_bad_input(demo, monkeypatch, tmp_path, capsys):
     Image.new("RGB", (6000, 20)).save(tmp_path / "thin.png")
     assert run(demo, monkeypatch, "--image", str(tmp_path / "thin.png"), "--question", "?")[0] == 1
     assert "200" in capsys.readouterr().err
+    assert run(demo, monkeypatch, *tiny[:-1], str(tmp_path / "thin.png"))[0] == 1  # overlays below a file
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_committed_checkpoint_is_data_only():

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from .tiny import tiny_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_qzoom"
-EXTRAS = {"train", "quantize", "flash-attn", "docs", "dev"}
+EXTRAS = {"stages", "train", "quantize", "flash-attn", "docs", "dev"}
 # what a user without extras gets besides what these bring along
 CORE = {"torch", "transformers", "huggingface-hub", "safetensors", "accelerate", "numpy", "pillow"}
 CHILD = """
@@ -156,3 +157,19 @@ def test_api_reference(tmp_path):
     assert 'id="QZoomLoadingMixin.from_backbone"' in (package / "loading_qzoom.html").read_text()
     assert (package / "training" / "stage_configs.html").is_file()
     assert not list(package.glob("training/demo_*"))
+
+
+def test_the_extra_train_resolves_to_a_pair_that_trains_lora(tmp_path):
+    """As a user meets it: torch, then the package with its extra, in an environment that holds nothing else."""
+    python = make_environment(tmp_path / "environment", ("torch",))
+    _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[train]"])
+    clone = tmp_path / "clone"  # the example writes beside itself
+    for name in ("examples", "hub_release", "modeling_qzoom"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, clone)
+    settings = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [python, "examples/lora.py", "--steps", "2", "--output", tmp_path / "addon"]
+    printed = _run(command, cwd=clone, env=settings).splitlines()
+    assert [line.split()[:2] for line in printed[:2]] == [["step", "1"], ["step", "2"]]
+    assert (tmp_path / "addon" / "lora" / "adapter_model.safetensors").is_file()

@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
 from ..options_qzoom import OPTION_NAMES
+from ..training.files import check_output_file, damage_named
 from .arms import ArmRunner
 from .asking import BATCH_SIZE, MAX_NEW_TOKENS, coarse_budget
 from .benchmark import measure_drawn, measure_file
 from .pages import SPLITS
-from .pareto import draw_pareto, require_matplotlib
+from .pareto import check_picture, draw_pareto
 
 
 DRAWN = "synthetic"
 LADDER, LADDER_ROWS, ROWS = (32, 64, 128, 256, 512), 400, 2000
 QUICK = {"ladder": (64, 256), "ladder_rows": 24, "rows": 48}
 FILE_NEW_TOKENS = 64
+SPLIT, SEED = "test", 0
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -56,8 +57,11 @@ def _budgets(text: str) -> tuple[int, ...]:
 def _option(text: str) -> tuple[str, Any]:
     """A zoom option of `generate` by name; numbers are numbers."""
     name, equals, value = text.partition("=")
+    if name == "zoom":
+        raise argparse.ArgumentTypeError("zoom cannot be set: the command measures 'auto', 'always' and 'never'")
     if not equals or name not in OPTION_NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {', '.join(OPTION_NAMES)}")
+        names = ", ".join(name for name in OPTION_NAMES if name != "zoom")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {names}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -74,8 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="folder of the checkpoint")
     parser.add_argument("--data", default=DRAWN, metavar="synthetic|FILE", help="drawn pages, or a data file")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="where a data file's image paths start")
-    parser.add_argument("--split", default="test", choices=SPLITS, help="split of the drawn pages")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="any seed gives fresh pages")
+    parser.add_argument("--split", choices=SPLITS, help=f"split of the drawn pages ({SPLIT})")
+    parser.add_argument(
+        "--seed", type=_whole(0), help="any seed gives fresh pages, or another choice of --rows from a data file (0)"
+    )
     parser.add_argument(
         "--rows", type=_whole(2), help=f"fine and coarse rows together ({ROWS}); at most so many of a data file (all)"
     )
@@ -99,23 +105,45 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_paths(arguments: argparse.Namespace) -> None:
-    """Find what is wrong with the paths before anything is run.
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Find what is wrong with the command line before anything is run.
 
     Raises:
-        ValueError: A folder or file that is not there.
+        ValueError: A folder or file that is not there or could not be written, or options without an effect.
     """
     if not (arguments.model / "config.json").is_file():
         raise ValueError(f"--model {arguments.model} is no folder of a checkpoint (it holds no config.json).")
     if arguments.data != DRAWN and not Path(arguments.data).is_file():
         raise ValueError(f"--data {arguments.data}: there is no such file; '{DRAWN}' stands for drawn pages.")
-    for path in (arguments.output, arguments.pareto):
-        if path is not None and not path.absolute().parent.is_dir():
+    for name in ("output", "pareto"):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent} to write to.")
+        check_output_file(path, f"--{name}")
+        if path.resolve() == Path(arguments.data).resolve():
+            raise ValueError(f"--{name} {path} is the data file, which would be lost.")
+    if arguments.pareto is not None and arguments.output is not None and arguments.pareto == arguments.output:
+        raise ValueError(f"--output and --pareto are one file, {arguments.output}.")
     if arguments.pareto is not None:
-        require_matplotlib()
+        check_picture(arguments.pareto)
         if arguments.ladder_rows == 0:
             raise ValueError("--pareto needs a ladder: --ladder-rows must be at least 1.")
+    if arguments.ladder and arguments.ladder_rows == 0:
+        raise ValueError("--ladder needs rows to run on: --ladder-rows must be at least 1.")
+    given = [name for name, _ in arguments.option]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise ValueError(f"--option gives {', '.join(twice)} more than once.")
+    is_drawn = arguments.data == DRAWN
+    idle = {"images": "drawn pages"} if is_drawn else {"split": "a data file", "page_kinds": "a data file"}
+    if not is_drawn and arguments.rows is None and not arguments.quick:
+        idle["seed"] = "a data file without --rows"
+    for name, data in idle.items():
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {data}; leave it out.")
 
 
 def _or_default(arguments: argparse.Namespace, name: str, default: Any) -> Any:
@@ -131,8 +159,8 @@ def conditions(runner: ArmRunner, arguments: argparse.Namespace, rows: int, seco
         "command": " ".join(["python -m modeling_qzoom.evaluation", *sys.argv[1:]]),
         "data": arguments.data,
         "rows": rows,
-        "split": arguments.split if is_drawn else None,
-        "seed": arguments.seed,
+        "split": arguments.split or SPLIT if is_drawn else None,
+        "seed": arguments.seed or SEED,
         "coarse_budget": list(runner.coarse) if runner.coarse else None,
         "crop_budget": [recipe.min_tokens, recipe.max_tokens] if recipe.square is None else None,
         "gate_threshold": used.gate_threshold if model.config.has_gate else None,
@@ -155,9 +183,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ImportError: Whatever the user can put right; each with a message that says how.
     """
-    _check_paths(arguments)
-    model = QZoomForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
-    processor = QZoomProcessor.from_pretrained(arguments.model)
+    _check_arguments(arguments)
+    with damage_named(arguments.model):
+        model = QZoomForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+        processor = QZoomProcessor.from_pretrained(arguments.model)
     is_drawn = arguments.data == DRAWN
     ladder = _or_default(arguments, "ladder", LADDER)
     if arguments.ladder is None and coarse_budget(processor) is None:
@@ -173,21 +202,18 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         ladder_rows=_or_default(arguments, "ladder_rows", LADDER_ROWS),
     )
     began = time.monotonic()
+    seed = arguments.seed or SEED
     if is_drawn:
-        result = measure_drawn(runner, arguments.split, arguments.seed, rows, arguments.page_kinds)
+        result = measure_drawn(runner, arguments.split or SPLIT, seed, rows, arguments.page_kinds)
     else:
         from ..training.data import load_rows
         from ..training.stage_configs import DataConfig
 
         images = None if arguments.images is None else str(arguments.images)
-        loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=arguments.seed))
+        loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=seed))
         result = measure_file(runner, loaded)
         rows = result["other"]["rows_measured"]
     result["conditions"] = conditions(runner, arguments, rows, time.monotonic() - began)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if arguments.pareto is not None:
-        draw_pareto(result["ladder"], arguments.pareto)
     return result
 
 
@@ -217,8 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("modeling_qzoom").setLevel(logging.INFO)
     try:
-        sys.stdout.write(_as_text(evaluate(arguments)))
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        result = evaluate(arguments)
+        sys.stdout.write(_as_text(result))  # first: whatever happens to the files, the figures are there
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if arguments.pareto is not None:
+            draw_pareto(result["ladder"], arguments.pareto)
+    except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
     return 0

@@ -6,7 +6,7 @@ at any threshold follows from it and from the plain arm.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class Item:
         truth: The right answer, or several.
         kind, page_kind: Kinds of question and page; empty where the data has none.
         target: Box that holds the answer, in pixels of the image.
+        name: Of the row in its data, for messages.
     """
 
     image: Image.Image
@@ -56,6 +57,7 @@ class Item:
     kind: str = ""
     page_kind: str = ""
     target: Box | None = None
+    name: str = ""
 
 
 def options_in_force(model: QZoomForConditionalGeneration, options: dict[str, Any]) -> ZoomOptions:
@@ -128,7 +130,7 @@ class ArmRunner:
         ladder_rows: How many of the first rows run the ladder and the presets.
 
     Raises:
-        ValueError: An unknown preset, or a ladder for a backbone with one fixed token grid.
+        ValueError: An unknown preset, `zoom` among the options, or a ladder for a backbone with one fixed token grid.
     """
 
     def __init__(
@@ -148,6 +150,8 @@ class ArmRunner:
         if self.coarse is None and ladder:
             raise ValueError("A ladder of budgets needs a backbone that sees images at several resolutions.")
         self.ladder = sorted(set(ladder))
+        if "zoom" in (options or {}):
+            raise ValueError("zoom is no option of an arm: the arms themselves are 'auto', 'always' and 'never'.")
         self.main = self._zoom_arm("auto", options or {})
         arms = [self._zoom_arm(f"auto_{name}", {"effort": name}) for name in sorted(model.config.presets)]
         self.presets = [arm for arm in arms if arm.used != self.main.used] if ladder_rows else []
@@ -165,7 +169,14 @@ class ArmRunner:
         """The coarse budget of a plain arm; the processor's own where its largest number is `tokens`."""
         return self.coarse if self.coarse is not None and tokens == self.coarse[1] else plain_budget(tokens)
 
-    def run(self, items: Iterable[Item], *, derive: bool = True, ladder: bool = True) -> Iterator[Record]:
+    def run(
+        self,
+        items: Iterable[Item],
+        *,
+        derive: bool = True,
+        ladder: bool = True,
+        skip: Callable[[Item, str], None] | None = None,
+    ) -> Iterator[Record]:
         """What every arm does with every row, in order.
 
         Args:
@@ -173,23 +184,43 @@ class ArmRunner:
             derive: Take "auto" from the arms "plain" and "always", and run the large budget on `fine` rows; otherwise
                 run "auto" itself, without "always".
             ladder: Run ladder and presets on the first rows.
+            skip: Is told of a row that processor or model refuses, and why; by default such a row is an error.
+
+        Raises:
+            ValueError: A row is refused, and there is no `skip`.
         """
         done = 0
         for batch in in_batches(items, self.batch_size):
-            run, everything = _BatchRun(self, batch), range(len(batch))
-            on_ladder = everything[: max(0, self.ladder_rows - done)] if ladder else range(0)
-            run.plain("plain", self.coarse, everything)
-            run.zoom(self.main, everything, derive)
-            if derive and self.large is not None:
-                fine = [place for place in everything if batch[place].kind == "fine"]
-                run.plain("plain_8x", plain_budget(self.large), fine)
-            for tokens in self.ladder:
-                run.plain(f"plain_{tokens}", self.budget(tokens), on_ladder)
-            for arm in self.presets:
-                run.zoom(arm, on_ladder, derive)
-            yield from run.records()
-            done += len(batch)
+            try:
+                records = self._run_batch(batch, self.ladder_rows - done if ladder else 0, derive)
+            except ValueError:
+                if skip is None:
+                    raise
+                records = []
+                for item in batch:  # to find out which row it is
+                    place = done + len(records)
+                    try:
+                        records += self._run_batch([item], self.ladder_rows - place if ladder else 0, derive)
+                    except ValueError as error:
+                        skip(item, str(error))
+            yield from records
+            done += len(records)
             logger.info("%d rows done", done)
+
+    def _run_batch(self, batch: Sequence[Item], on_ladder: int, derive: bool) -> list[Record]:
+        """Every arm on the rows of a batch; ladder and presets on so many of the first ones."""
+        run, everything = _BatchRun(self, batch), range(len(batch))
+        first = everything[: max(0, on_ladder)]
+        run.plain("plain", self.coarse, everything)
+        run.zoom(self.main, everything, derive)
+        if derive and self.large is not None:
+            fine = [place for place in everything if batch[place].kind == "fine"]
+            run.plain("plain_8x", plain_budget(self.large), fine)
+        for tokens in self.ladder:
+            run.plain(f"plain_{tokens}", self.budget(tokens), first)
+        for arm in self.presets:
+            run.zoom(arm, first, derive)
+        return run.records()
 
 
 class _BatchRun:

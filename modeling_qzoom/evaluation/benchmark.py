@@ -120,19 +120,23 @@ class FileItems:
     def __iter__(self) -> Iterator[Item]:
         for row in self.rows:
             if not row.answers:
-                self._skip(row, "it has no answer to compare with")
+                self._skip(row.id, "it has no answer to compare with")
                 continue
             try:
                 image = row.load_image()
             except (OSError, ValueError) as error:
-                self._skip(row, str(error))
+                self._skip(row.id, str(error))
                 continue
-            yield Item(image, row.question, row.answers)
+            yield Item(image, row.question, row.answers, name=row.id)
 
-    def _skip(self, row: Any, reason: str) -> None:
+    def skip(self, item: Item, reason: str) -> None:
+        """Leave out a row that was given already."""
+        self._skip(item.name, reason)
+
+    def _skip(self, name: str, reason: str) -> None:
         self.skipped += 1
         if self.skipped <= NAMED:
-            logger.warning("row %s is left out: %s", row.id, reason)
+            logger.warning("row %s is left out: %s", name, reason)
 
 
 def measure_file(runner: ArmRunner, rows: Iterable[Any]) -> dict[str, Any]:
@@ -149,9 +153,12 @@ def measure_file(runner: ArmRunner, rows: Iterable[Any]) -> dict[str, Any]:
         ValueError: No row can be scored.
     """
     items = FileItems(rows)
-    records = list(runner.run(items, derive=False))
+    records = list(runner.run(items, derive=False, skip=items.skip))
     if not records:
-        raise ValueError(f"None of the {items.skipped} rows can be scored: they lack an answer or a readable image.")
+        raise ValueError(
+            f"None of the {items.skipped} rows can be scored: they lack an answer or a readable image, or the model "
+            "refuses their questions."
+        )
     summary, other = Figures(), Figures()
     for metric in ("exact", "anls", "relaxed"):
         for name, arm in (("zoom", "auto"), ("plain", "plain")):

@@ -10,16 +10,20 @@ ZOOM_LABELS = (((-5, 5), "right", "bottom"), ((5, 16), "center", "bottom"), ((5,
 """Offset in points, and alignment, of the labels of neighbouring points, which would print over each other."""
 
 
-def require_matplotlib() -> None:
+def check_picture(path: Path) -> None:
     """Stop early where the picture could not be drawn.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: It does not write the format that the path's suffix names.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The Pareto picture needs matplotlib: pip install 'qzoom[train]'.") from error
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{path} names no kind of picture; its suffix has to be one of {', '.join(formats)}.")
 
 
 def draw_pareto(points: Sequence[dict[str, Any]], path: Path, title: str | None = None) -> None:
@@ -34,7 +38,7 @@ def draw_pareto(points: Sequence[dict[str, Any]], path: Path, title: str | None 
         ImportError: matplotlib is not installed.
         ValueError: No points, or a format that matplotlib does not write.
     """
-    require_matplotlib()
+    check_picture(path)
     from matplotlib.figure import Figure
 
     if not points:

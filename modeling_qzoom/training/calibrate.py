@@ -25,6 +25,7 @@ from ..options_qzoom import OPTION_NAMES, resolve_options
 from ..saving_qzoom import ADDON, FULL, check_target, staged, what_is_in
 from .answers import greedy_answers
 from .data import BadRows, Row, load_rows
+from .files import check_output_file, read_json, write_json
 from .judges import Judge, judge_for
 from .points import Outcomes, Point, choose_presets, gated_points, single_point
 from .prompts import render
@@ -36,6 +37,7 @@ from .stage_configs import CalibrateConfig
 logger = logging.getLogger(__name__)
 
 DEFAULT = "balanced"
+_RESTORE = "take the checkpoint's config.json from where it came from"
 _HELD_OPEN = {"zoom": "auto", "gate_threshold": 0.0}
 _NO_REGION = {"region_threshold": 2.0, "region_threshold_mode": "absolute"}
 
@@ -285,7 +287,7 @@ def target_folder(config: CalibrateConfig) -> Path:
     """
     source = Path(config.model) / "config.json"
     if source.is_file():
-        if json.loads(source.read_text(encoding="utf-8")).get("model_type") != QZoomConfig.model_type:
+        if read_json(source, _RESTORE).get("model_type") != QZoomConfig.model_type:
             raise ValueError(
                 f"model={config.model} is a plain VLM; calibrate a checkpoint whose branches are trained."
             )
@@ -308,12 +310,10 @@ def write_presets(folder: Path, presets: dict[str, dict[str, Any]]) -> None:
         ValueError: The configuration does not take them.
     """
     path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path, _RESTORE)
     values |= {**presets[DEFAULT], "presets": presets, "effort": None}
     QZoomConfig.from_dict(dict(values))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, values)
 
 
 def _store(session: Session, config: CalibrateConfig, folder: Path, presets: dict[str, dict[str, Any]]) -> None:
@@ -354,6 +354,9 @@ def run(config: CalibrateConfig) -> None:
     if not 0 < config.largest_area <= 1:
         raise ValueError(f"largest_area must be a share of the image in (0, 1], got {config.largest_area}.")
     folder = target_folder(config)
+    check_output_file(folder / "config.json", "output")
+    if config.report is not None:
+        check_output_file(config.report, "report")
     rows = load_rows(config, needs_answer=True)
     session = open_session(config)
     calibration = Calibration(session, config, judge_for(config.judge, session), rows)

@@ -42,9 +42,9 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     if plain is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if plain is int and isinstance(value, str) and value.lstrip("-").isdigit():
+    if plain is int and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,18}", value):
         return int(value)
     if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
         return value
@@ -68,6 +68,30 @@ def build_config(kind: type[Config], values: Any, prefix: str = "") -> Config:
     return kind(**{name: _convert(value, hints[name], prefix + name) for name, value in values.items()})
 
 
+def _parse_yaml(text: str, name: str) -> Any:
+    """What a YAML text says.
+
+    Args:
+        name: What the text is, as the beginning of an error's sentence.
+
+    Raises:
+        ValueError: It is no YAML.
+        ImportError: PyYAML is missing; the extra `train` installs it.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("Training configurations need PyYAML: pip install 'qzoom[train]'.") from error
+    try:
+        return yaml.safe_load(text)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a date that is none, such as 2024-13-01
+        raise ValueError(f"{name} is no YAML: {error}") from error
+
+
 def read_yaml(path: str | Path) -> Any:
     """The contents of a YAML file.
 
@@ -76,15 +100,10 @@ def read_yaml(path: str | Path) -> Any:
         ImportError: PyYAML is missing; the extra `train` installs it.
     """
     try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Training configurations need PyYAML: pip install 'qzoom[train]'.") from error
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"The configuration {path} is no YAML: {error}") from error
+    return _parse_yaml(text, f"The configuration {path}")
 
 
 def load_config(kind: type[Config], path: str | Path | None, overrides: list[str]) -> Config:
@@ -96,8 +115,6 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: list[str
     values = {} if path is None else read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"The configuration {path} must be a mapping of names to values.")
-    if overrides:
-        import yaml
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -108,7 +125,7 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: list[str
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {parent} holds a value, not options.")
-        place[last] = yaml.safe_load(text)
+        place[last] = _parse_yaml(text, f"The value of {name}={text}")
     config = build_config(kind, values)
     for name in ("model", "data", "labels", "output"):
         if getattr(config, name, None) == "":

@@ -123,7 +123,11 @@ def _image_of(value: Any, folder: Path) -> Any:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and not value.startswith(("http://", "https://", "data:image/")):
         path = folder / value
-        if not path.is_file():
+        try:
+            exists = path.is_file()
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise ValueError(f"the image {value[:80]!r} cannot be opened ({error.strerror})") from error
+        if not exists:
             raise ValueError(f"there is no image {path}")
         return str(path)
     return value
@@ -154,17 +158,28 @@ def _row(record: Any, number: int, config: DataConfig, folder: Path, needs_answe
         raise ValueError(f"{config.question_key!r} is no text: {question!r}")
     image = _image_of(record[config.image_key], folder)
     image_id = _image_name(record[config.image_key], row_id)
-    return Row(row_id, image, question, _answers(record.get(config.answer_key)), image_id)
+    answers = _answers(record.get(config.answer_key))
+    for text in (row_id, question, *answers):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r} holds half a character (a surrogate)") from error
+    return Row(row_id, image, question, answers, image_id)
 
 
 def _json_lines(path: Path, bad: BadRows) -> Iterable[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    bad.add(f"{path.name}, line {number}", f"is no JSON ({error.msg})")
+                    # "-sig": Windows editors begin a file with a mark
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    bad.add(f"{path.name}, line {number}", f"is no text in UTF-8 ({error.reason})")
+                except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in brackets
+                    bad.add(f"{path.name}, line {number}", f"is no JSON ({error})")
+                else:
+                    yield f"line {number}", record
 
 
 def _records(config: DataConfig, bad: BadRows) -> tuple[Iterable[tuple[str, Any]], Path]:
@@ -183,7 +198,7 @@ def _records(config: DataConfig, bad: BadRows) -> tuple[Iterable[tuple[str, Any]
     if path.is_file() and path.suffix == ".parquet":
         return ((f"row {n}", record) for n, record in enumerate(read_parquet(path))), folder
     if config.data.startswith(HUB) or (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return ((f"row {n}", record) for n, record in enumerate(_load_dataset(config))), folder
+        return _dataset_records(_load_dataset(config), Path(config.data).name, bad), folder
     raise ValueError(
         f"data={config.data}: no JSONL or parquet file, no folder of datasets.save_to_disk, no '{HUB}NAME' and no "
         f"'{DRAWN}SPLIT'."
@@ -204,7 +219,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ImportError("Parquet files need pyarrow: pip install 'qzoom[train]'.") from error
     try:
         return parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
 
 
@@ -213,14 +228,28 @@ def _load_dataset(config: DataConfig) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError("Datasets need the package datasets: pip install 'qzoom[train]'.") from error
-    if config.data.startswith(HUB):
-        return datasets.load_dataset(config.data.removeprefix(HUB), split=config.data_split)
-    loaded = datasets.load_from_disk(config.data)
+    try:
+        if config.data.startswith(HUB):
+            return datasets.load_dataset(config.data.removeprefix(HUB), split=config.data_split)
+        loaded = datasets.load_from_disk(config.data)
+    except Exception as error:  # its own errors, and those of every format that it reads
+        raise ValueError(f"data={config.data} cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if config.data_split not in loaded:
             raise ValueError(f"{config.data} has no split {config.data_split!r}; it has {sorted(loaded)}.")
         return loaded[config.data_split]
     return loaded
+
+
+def _dataset_records(dataset: Any, source: str, bad: BadRows) -> Iterable[tuple[str, Any]]:
+    """Records of a dataset one by one: it decodes images as it is read, and one of them may be damaged."""
+    for number in range(len(dataset)):
+        try:
+            record = dataset[number]
+        except (OSError, ValueError) as error:
+            bad.add(f"{source}, row {number}", str(error))
+            continue
+        yield f"row {number}", record
 
 
 @dataclass(frozen=True)

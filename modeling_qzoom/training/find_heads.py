@@ -21,6 +21,7 @@ from ..evaluation.pages import Box, Page, Question
 from ..evaluation.synthetic import PAGE_KINDS, draw_page, fine_question
 from ..regions_qzoom import Rectangle, pixels_to_cells
 from .attention import QUERY_TOKENS, Look, look
+from .files import check_output_file
 from .prompts import encode_prompts, render
 from .region_labels import covered_cells
 from .session import Session, backbone_fingerprint, open_session
@@ -259,6 +260,7 @@ def run(config: FindHeadsConfig) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
     if config.query_tokens not in QUERY_TOKENS:
         raise ValueError(f"query_tokens must be one of {list(QUERY_TOKENS)}, got {config.query_tokens!r}.")
+    check_output_file(config.output, "output")
     if not PartialState().is_main_process:
         return
     session = open_session(config)

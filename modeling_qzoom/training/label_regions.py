@@ -51,7 +51,10 @@ def with_heads(config: LabelRegionsConfig, backbone: str) -> LabelRegionsConfig:
     held = read_yaml(config.heads)
     if not isinstance(held, dict) or not held.get("grounding_heads"):
         raise ValueError(f"heads={config.heads} holds no grounding_heads; it is not a file of find-heads.")
-    found = build_config(LabelRegionsConfig, {name: held[name] for name in _HEAD_FIELDS if name in held})
+    try:
+        found = build_config(LabelRegionsConfig, {name: held[name] for name in _HEAD_FIELDS if name in held})
+    except ValueError as error:
+        raise ValueError(f"heads={config.heads}: {error}") from error
     if held.get("backbone") not in (None, backbone):
         logger.warning(
             "heads=%s were found on another backbone; find-heads on this one may choose others", config.heads

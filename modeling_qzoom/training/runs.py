@@ -15,9 +15,10 @@ from transformers import set_seed
 
 from ..addons_qzoom import has_unmerged_lora
 from ..saving_qzoom import ADDON, FULL, check_target
+from .files import damage_of, read_json, write_json
 from .session import Session, backbone_fingerprint, open_session, save_session
 from .stage_configs import TrainConfig
-from .trainer import Counts, StageTrainer, hold_trainable, load_trained, training_arguments
+from .trainer import WEIGHTS, Counts, StageTrainer, hold_trainable, load_trained, training_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,10 @@ def _read_record(config: TrainConfig, stage: str) -> dict[str, Any] | None:
     path = work_folder(config) / RECORD
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    way_out = f"delete {config.output} to train anew"
+    record = read_json(path, way_out, ("stage", "options", "backbone", "finished"))
+    if not isinstance(record["options"], dict):
+        raise ValueError(f"{path} is no record of a run; {way_out}.")
     wanted, held = _options(config), record["options"]
     differing = [name for name in sorted({*wanted, *held}) if wanted.get(name) != held.get(name)]
     differing = ["stage"] if record["stage"] != stage else differing
@@ -73,9 +77,7 @@ def _read_record(config: TrainConfig, stage: str) -> dict[str, Any] | None:
 def _write_record(config: TrainConfig, record: dict[str, Any]) -> None:
     path = work_folder(config) / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, record)
 
 
 def is_finished(config: TrainConfig, stage: str) -> bool:
@@ -94,22 +96,25 @@ def is_finished(config: TrainConfig, stage: str) -> bool:
     return True
 
 
+def _damage(checkpoint: Path) -> str | None:
+    """What of a checkpoint is missing or cut short; None for a whole one. Trainer writes its state last."""
+    needed = [checkpoint / "trainer_state.json", checkpoint / WEIGHTS]
+    return next(filter(None, map(damage_of, [*needed, *sorted(checkpoint.iterdir())])), None)
+
+
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The latest checkpoint that was written to its end; Trainer writes its state last."""
-
-    def is_whole(path: Path) -> bool:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return True
-
+    """The latest checkpoint that is whole; newer ones that are not are named in a warning."""
     numbered = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and is_whole(path)
+        if path.name.removeprefix("checkpoint-").isdecimal()
     ]
-    return max(numbered)[1] if numbered else None
+    for _, path in sorted(numbered, reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        logger.warning("%s is passed over for an older checkpoint: %s", path.name, damage)
+    return None
 
 
 def _begin(config: TrainConfig, stage: str, backbone: str) -> None:

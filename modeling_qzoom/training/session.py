@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from .. import QZoomConfig, QZoomForConditionalGeneration, QZoomProcessor
+from .files import damage_named
 from .stage_configs import ModelConfig
 
 
@@ -89,10 +90,8 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
 
         device = PartialState().device
     source: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
-    try:
+    with damage_named(config.model):
         found = AutoConfig.from_pretrained(config.model, **source)
-    except OSError as error:
-        raise ValueError(f"model={config.model}: {error}") from error
     arguments: dict[str, Any] = {"dtype": config.dtype, **source}
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
@@ -102,21 +101,23 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
         )
         arguments["device_map"] = {"": device}
     if isinstance(found, QZoomConfig):
-        model = QZoomForConditionalGeneration.from_pretrained(config.model, **arguments)
-        processor = QZoomProcessor.from_pretrained(config.model, **source)
+        with damage_named(config.model):
+            model = QZoomForConditionalGeneration.from_pretrained(config.model, **arguments)
+            processor = QZoomProcessor.from_pretrained(config.model, **source)
     else:
         if config.branch_layer is None:
             raise ValueError(
                 f"model={config.model} is a plain VLM: say with branch_layer=K where its branches are to read."
             )
-        model = QZoomForConditionalGeneration.from_backbone(
-            config.model,
-            branch_layer=config.branch_layer,
-            branch_depth=config.branch_depth,
-            zoom_config=_budget(config, None),
-            **arguments,
-        )
-        processor = QZoomProcessor.from_backbone(config.model, **source)
+        with damage_named(config.model):
+            model = QZoomForConditionalGeneration.from_backbone(
+                config.model,
+                branch_layer=config.branch_layer,
+                branch_depth=config.branch_depth,
+                zoom_config=_budget(config, None),
+                **arguments,
+            )
+            processor = QZoomProcessor.from_backbone(config.model, **source)
     budget = _budget(config, model.config)
     for name, value in budget.items():
         setattr(processor, name, value)

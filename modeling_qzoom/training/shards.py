@@ -7,16 +7,18 @@ processes share the shards among them.
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .data import BadRows, Row, Rows, read_parquet
+from .files import read_json, write_json
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "labels.json"
+_REMAKE = "delete this file and run its stage again, which makes no other labels anew"
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Manifest:
     settings: dict[str, Any]
 
 
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises:
+    ValueError: The file is damaged.
+    """
+    way_out = "delete its folder to make the labels anew"
+    held = read_json(path, way_out, [field.name for field in fields(Manifest)] + ["shards"])
+    if not isinstance(held["shards"], int) or not isinstance(held["settings"], dict):
+        raise ValueError(f"{path} is no record of labels; {way_out}.")
+    return held
 
 
 def _shard_path(folder: Path, number: int, count: int) -> Path:
@@ -59,10 +66,14 @@ def write_shard(path: Path, records: list[dict[str, Any]], skipped: list[str]) -
 
 
 def _skipped(path: Path) -> list[str]:
+    import pyarrow
     from pyarrow import parquet
 
-    metadata = parquet.read_schema(path).metadata or {}
-    return json.loads(metadata.get(b"skipped", b"[]"))
+    try:
+        metadata = parquet.read_schema(path).metadata or {}
+        return json.loads(metadata.get(b"skipped", b"[]"))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); {_REMAKE}.") from error
 
 
 class ShardStore:
@@ -83,7 +94,7 @@ class ShardStore:
         wanted = {**vars(manifest), "shards": count}
         path = self.folder / MANIFEST
         if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = _read_manifest(path)
             # through JSON, which turns tuples into lists and keys into text
             differing = [key for key, value in json.loads(json.dumps(wanted)).items() if held.get(key) != value]
             if differing:
@@ -92,7 +103,7 @@ class ShardStore:
                     "another output folder, or delete this one to make them anew."
                 )
         else:
-            _write_json(path, wanted)
+            write_json(path, wanted)
 
     def make(
         self,
@@ -166,7 +177,7 @@ def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"labels={folder}: there are no labels; make them with the stage {stage!r}.")
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = _read_manifest(path)
     if held["stage"] != stage:
         raise ValueError(
             f"labels={folder}: these are labels of {held['stage']!r}, this stage needs those of {stage!r}."
@@ -186,7 +197,7 @@ def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterato
         backbone: Fingerprint of the VLM that is to be trained on them; None does not compare.
 
     Raises:
-        ValueError: The labels are unfinished, of another stage, or made by another backbone.
+        ValueError: The labels are unfinished, damaged, of another stage, or made by another backbone.
     """
     held = read_manifest(folder, stage)
     if backbone is not None and held["backbone"] != backbone:
@@ -194,5 +205,15 @@ def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterato
             f"labels={folder} were made by another backbone than the model that is to be trained: run {stage!r} with "
             "this model first, or set other_backbone=true if you know that it only differs in precision."
         )
+    names: set[str] = set()
     for number in range(held["shards"]):
-        yield from read_parquet(_shard_path(Path(folder), number, held["shards"]))
+        path = _shard_path(Path(folder), number, held["shards"])
+        try:
+            records = read_parquet(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_REMAKE}.") from error
+        if records:
+            names = names or {"id", *records[0]}
+            if names != set(records[0]):
+                raise ValueError(f"{path} holds {sorted(records[0])} where labels have {sorted(names)}; {_REMAKE}.")
+        yield from records

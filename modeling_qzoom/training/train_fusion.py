@@ -7,9 +7,13 @@ import functools
 import logging
 import re
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from .. import QZoomForConditionalGeneration
 from ..addons_qzoom import has_unmerged_lora
@@ -38,17 +42,32 @@ def decoder_projections(model: QZoomForConditionalGeneration) -> str:
     return rf"{re.escape(name)}\.layers\.\d+\..*({_PROJECTIONS})"
 
 
+def check_peft() -> None:
+    """Finds out before anything is loaded that LoRA cannot be trained here.
+
+    Raises:
+        ImportError: peft is missing, or older than this transformers takes; the extra `train` installs a pair.
+    """
+    try:
+        installed = version("peft")
+    except PackageNotFoundError as error:
+        raise ImportError("method=lora needs peft: pip install 'qzoom[train]'.") from error
+    if Version(installed) < Version(MIN_PEFT_VERSION):
+        raise ImportError(
+            f"method=lora: transformers {transformers.__version__} takes peft {MIN_PEFT_VERSION} or newer, here is "
+            f"{installed}. A pair that goes together: pip install 'qzoom[train]', or pip install "
+            f"'peft>={MIN_PEFT_VERSION}' where there is one."
+        )
+
+
 def _add_lora(model: QZoomForConditionalGeneration, config: TrainFusionConfig) -> list[nn.Parameter]:
     """Put a fresh adapter around the decoder's projections and return its weights.
 
     Raises:
-        ImportError: peft is missing; the extra `train` installs it.
         ValueError: `lora` does not fit, or the model has an adapter already.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("method=lora needs peft: pip install 'qzoom[train]'.") from error
+    from peft import LoraConfig
+
     if has_unmerged_lora(model):
         raise ValueError(
             f"model={config.model} has a LoRA adapter already; merge it (model.merge_lora() and save_pretrained), "
@@ -112,11 +131,13 @@ def run(config: TrainFusionConfig) -> None:
 
     Raises:
         ValueError: Labels, model or options do not fit, or no row got worse by zooming.
-        ImportError: peft is missing.
+        ImportError: peft is missing, or too old for this transformers.
     """
     check_config(config)
     if is_finished(config, STAGE):
         return
+    if config.method == "lora":
+        check_peft()
     rows = labelled_rows(config.labels, MINING)
     session = open_session(config)
     backbone = None if config.other_backbone else backbone_fingerprint(session.model)

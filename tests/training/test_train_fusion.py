@@ -179,8 +179,8 @@ def test_nothing_got_worse(qwen, tmp_path):
         ({"method": "full", "output_format": "addon"}, "method=full changes the backbone"),
         ({"method": "lora", "merge": False}, "no place for an unmerged adapter"),
         ({"method": "lora", "merge": True, "output_format": "addon"}, "does not hold the backbone"),
-        ({"method": "lora", "lora": {"rank": 4}}, "lora=.*rank"),
-        ({"method": "lora", "lora": {"target_modules": "nothing"}}, "lora=.*nothing"),
+        pytest.param({"method": "lora", "lora": {"rank": 4}}, "lora=.*rank", marks=needs_lora),
+        pytest.param({"method": "lora", "lora": {"target_modules": "nothing"}}, "lora=.*nothing", marks=needs_lora),
     ],
 )
 def test_refused_options(qwen, tmp_path, options, message):
@@ -288,3 +288,11 @@ def test_anchors():
 def test_fewer_anchors_than_wanted(caplog):
     assert len(choose_records(records_of(8), 0.5, 0)) == 8
     assert "asks for 6 rows that both ways got right; there are 2" in caplog.text
+
+
+def test_a_peft_that_is_too_old_is_named_before_anything_is_loaded(qwen, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_fusion, "MIN_PEFT_VERSION", "99.5")
+    monkeypatch.setattr(train_fusion, "open_session", lambda config: pytest.fail("loaded"))
+    with pytest.raises(ImportError, match=r"takes peft 99\.5 or newer, here is .* pip install 'qzoom\[train\]'"):
+        train_fusion.run(config(qwen, tmp_path / "out", method="lora"))
+    assert not (tmp_path / "out").exists()
