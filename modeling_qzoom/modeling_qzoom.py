@@ -269,6 +269,26 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "crop_max_tokens": crop_max_tokens,
             "position_alignment": position_alignment,
         }
+        try:
+            return self._generate(
+                inputs, generation_config, args, kwargs, given, source_images, source_boxes, return_zoom_reports
+            )
+        except BaseException:
+            remove_row_adapters(self)  # peft leaves them where a call ends in an error, and no later call would run
+            raise
+
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: dict[str, Any],
+        source_images: Any,
+        source_boxes: Any,
+        return_zoom_reports: Any,
+    ) -> Any:
+        """`generate` behind its signature; `given` are the options of the call by name."""
         spec = spec_for_config(self.config.vlm_config)
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
@@ -286,14 +306,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        try:
-            request = self._plan_zoom(options, input_ids, source_images, source_boxes, args, configs, kwargs)
-            if request is not None:
-                kwargs[REQUEST] = request
-            outputs = super().generate(inputs, generation_config, *args, **kwargs)
-        except BaseException:
-            remove_row_adapters(self)  # peft leaves them where a call ends in an error, and no later call would run
-            raise
+        request = self._plan_zoom(options, input_ids, source_images, source_boxes, args, configs, kwargs)
+        if request is not None:
+            kwargs[REQUEST] = request
+        outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if return_zoom_reports:
             embeds = kwargs.get("inputs_embeds")
             ids = input_ids if input_ids is not None else outputs.sequences if embeds is None else embeds[:, :0, 0]
