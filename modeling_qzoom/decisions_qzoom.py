@@ -1,11 +1,13 @@
 """Per row of a batch: does the coarse view suffice, and if not, which region of which image is cropped?"""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from .adapters_qzoom import run_rows
 from .backbones_qzoom import spec_for_config
 from .configuration_qzoom import QZoomConfig
 from .crops_qzoom import CropError, crop_region, crop_token_grid
@@ -169,7 +171,12 @@ def decide(
     rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
     if rows and asks_gate:
         queries = None if query_columns is None else query_columns[rows]
-        for row, probability in zip(rows, gate_logits(model, view, rows, queries).sigmoid().tolist()):
+        with run_rows(request.adapters, rows):
+            logits = gate_logits(model, view, rows, queries)
+        for row, probability in zip(rows, logits.sigmoid().tolist()):
+            if math.isnan(probability):  # compares as neither above nor below a threshold
+                reports[row].reason = "gate_nan"
+                continue
             reports[row].gate_probability = probability
             if probability < options.gate_threshold:
                 reports[row].reason = "gate_closed"
@@ -178,7 +185,9 @@ def decide(
         return reports, []
     crops = []
     queries = None if query_columns is None else query_columns[rows]
-    for row, maps in zip(rows, region_maps(model, view, rows, request.spans, queries)):
+    with run_rows(request.adapters, rows):
+        maps_by_row = region_maps(model, view, rows, request.spans, queries)
+    for row, maps in zip(rows, maps_by_row):
         crop = _crop_row(model, request, row, maps, reports[row], view.embeds.device)
         if crop is not None:
             crops.append(crop)
@@ -194,6 +203,9 @@ def _crop_row(
         region_heatmap(logits[0], first, spec.artifact_rule)
         for logits, first in zip(maps.logits, maps.first_token_logits)
     ]
+    if any(bool(heatmap.isnan().any()) for heatmap in heatmaps):
+        report.reason = "map_nan"
+        return None
     image = max(range(len(heatmaps)), key=lambda index: float(heatmaps[index].max()))
     span = request.spans[row][image]
     source, grid_box = request.sources[span.index], request.grid_boxes[span.index]

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
+from .adapters_qzoom import run_rows
 from .backbones_qzoom import VisualFeatures, encode_images, spec_for_config
 from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import CoarseView, Crop
@@ -56,8 +57,8 @@ def _inserted_embeds(model: PreTrainedModel, row: FusedRow, crop_embeds: Tensor,
     crop_embeds = crop_embeds.to(like.device, like.dtype)
     if not row.has_markers:
         return crop_embeds
-    ids = torch.tensor(marker_ids(model.config), device=like.device)
-    before, after = model.vlm.get_input_embeddings()(ids).to(like.device)
+    ids = torch.tensor([marker_ids(model.config)], device=like.device)
+    before, after = model.vlm.get_input_embeddings()(ids)[0].to(like.device)
     return torch.cat([before[None], crop_embeds, after[None]])
 
 
@@ -131,13 +132,20 @@ def fused_prefill(
     chunk_length = max(row.length - len(row.prefix) for row in rows)
     prefix_columns = pad_left([row.prefix for row in rows], prefix_length)  # (b, P)
     # a hole of padding may open between a row's prefix and its chunk
-    mask = torch.cat(
+    present = torch.cat(
         [
             length_mask([len(row.prefix) for row in rows], prefix_length, device),
             length_mask([row.length - len(row.prefix) for row in rows], chunk_length, device),
         ],
         dim=1,
-    )
+    )  # (b, P + C)
+    mask = torch.cat(
+        [
+            pad_left([row.mask[: len(row.prefix)] for row in rows], prefix_length),
+            pad_left([row.mask[len(row.prefix) :] for row in rows], chunk_length),
+        ],
+        dim=1,
+    ).to(device)  # (b, P + C), 0 also where a prompt hides a token
     fused_cache = DynamicCache(config=decoder.config)
     index = torch.tensor([crop.row for crop in crops])
     for layer in range(layer_k):
@@ -146,24 +154,27 @@ def fused_prefill(
         )
         set_layer_states(fused_cache, layer, keys, values)
 
-    chunk = pad_left(
-        [fused_embeds(model, view, row, embeds, full=False) for row, embeds in zip(rows, features.embeds)],
-        chunk_length,
-    )  # (b, C, D)
+    chunks = []
+    for row, crop_embeds in zip(rows, features.embeds):
+        with run_rows(request.adapters, [row.row]):
+            chunks.append(fused_embeds(model, view, row, crop_embeds, full=False))
+    chunk = pad_left(chunks, chunk_length)  # (b, C, D)
     chunk_positions = stack_positions([row.positions[..., len(row.prefix) :] for row in rows], chunk_length)
     chunk_mask = causal_mask(decoder, chunk, mask, fused_cache)
-    chunk = run_layers(
-        decoder,
-        chunk,
-        0,
-        layer_k,
-        mask=chunk_mask,
-        position_embeddings=rotary(decoder, chunk, chunk_positions),
-        cache=fused_cache,
-        deepstack=fused_deepstack(view, rows, features, chunk_length, full=False),
-    )
+    inserted_at = [(len(row.suffix), row.block) for row in rows]
+    with run_rows(request.adapters, [row.row for row in rows], inserted_at):
+        chunk = run_layers(
+            decoder,
+            chunk,
+            0,
+            layer_k,
+            mask=chunk_mask,
+            position_embeddings=rotary(decoder, chunk, chunk_positions),
+            cache=fused_cache,
+            deepstack=fused_deepstack(view, rows, features, chunk_length, full=False),
+        )
 
-    # close the holes: from here on every row is contiguous and left-padded
+    # close the holes of padding: from here on every row is contiguous and left-padded
     length = max(row.length for row in rows)
     hidden = pad_left(
         [
@@ -172,22 +183,23 @@ def fused_prefill(
         ],
         length,
     )  # (b, F, D)
-    if length < prefix_length + chunk_length or not bool(mask.all()):
-        columns = pad_left([row_mask.nonzero()[:, 0] for row_mask in mask], length)  # (b, F)
+    if length < prefix_length + chunk_length or not bool(present.all()):
+        columns = pad_left([row_present.nonzero()[:, 0] for row_present in present], length)  # (b, F)
         for layer in range(layer_k):
             keys, values = (_gather_columns(states, columns) for states in layer_states(fused_cache, layer))
             set_layer_states(fused_cache, layer, keys, values)
-    mask = length_mask([row.length for row in rows], length, device)
+    mask = pad_left([row.mask for row in rows], length).to(device)
     positions = stack_positions([row.positions for row in rows], length)
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
-    hidden = run_layers(
-        decoder,
-        hidden,
-        layer_k,
-        last_layer,
-        mask=causal_mask(decoder, hidden, mask, None),
-        position_embeddings=rotary(decoder, hidden, positions),
-        cache=fused_cache,
-        deepstack=fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None,
-    )
+    with run_rows(request.adapters, [row.row for row in rows], inserted_at):
+        hidden = run_layers(
+            decoder,
+            hidden,
+            layer_k,
+            last_layer,
+            mask=causal_mask(decoder, hidden, mask, None),
+            position_embeddings=rotary(decoder, hidden, positions),
+            cache=fused_cache,
+            deepstack=fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None,
+        )
     return hidden[:, -1], fused_cache, positions, mask

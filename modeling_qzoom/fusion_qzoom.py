@@ -1,7 +1,8 @@
 """The fused sequence: where a crop's tokens go, and at which positions (paper III-D).
 
 Row layout:  prompt up to the zoomed image's end │ start marker, crop tokens, end marker │ rest of the prompt
-Families without markers insert the crop tokens alone. Everything here is per row and without padding.
+Families without markers insert the crop tokens alone. Everything here is per row and without padding; tokens that the
+attention mask hides inside a prompt stay where they are, and stay hidden.
 """
 
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class FusedRow:
         block: number of inserted positions, markers included.
         crop: number of crop tokens among them.
         positions: (3, P + block + S) float32 for M-RoPE, (P + block + S,) float32 otherwise.
+        mask: (P + block + S,) long, 0 where the prompt's mask hides a token.
     """
 
     row: int
@@ -79,6 +81,7 @@ class FusedRow:
     block: int
     crop: int
     positions: Tensor
+    mask: Tensor
 
     @property
     def length(self) -> int:
@@ -125,10 +128,18 @@ def crop_positions(
     return torch.stack([torch.full_like(grid_h, first), grid_h, grid_w]).reshape(3, -1)
 
 
+def _prompt_columns(valid: Tensor) -> Tensor:
+    """Columns from the first token to the last, with the hidden ones between them."""
+    columns = valid.nonzero()[:, 0]
+    if not len(columns):
+        return columns
+    return torch.arange(int(columns[0]), int(columns[-1]) + 1, device=valid.device)
+
+
 def plain_row(row: int, valid: Tensor, positions: Tensor) -> FusedRow:
     """A row without a crop: its own prompt, all of it prefix."""
-    columns = valid.nonzero()[:, 0]
-    return FusedRow(row, columns, columns[:0], 0, 0, positions[..., columns].float())
+    columns = _prompt_columns(valid)
+    return FusedRow(row, columns, columns[:0], 0, 0, positions[..., columns].float(), valid[columns].long())
 
 
 def fuse_row(
@@ -147,7 +158,8 @@ def fuse_row(
 
     Args:
         row: index of the row in the batch.
-        input_ids, valid: (N,) ids and padding mask of the prompt.
+        input_ids, valid: (N,) ids and attention mask of the prompt; a token of the zoomed image, or one before it,
+            must be visible.
         positions: (3, N) or (N,) positions of the prompt.
         span: the zoomed image.
         box: (x0, y0, x1, y1) in cells of its grid.
@@ -155,20 +167,22 @@ def fuse_row(
         alignment: `"continuous"` or `"sequential"`.
         markers: ids of the tokens that stand before and after an image, None in families without them.
     """
-    columns = valid.nonzero()[:, 0]
+    columns = _prompt_columns(valid)
     end = span.end
     if markers is not None and end < len(input_ids) and int(input_ids[end]) == markers[1]:
         end += 1
     prefix, suffix = columns[columns < end], columns[columns >= end]
     crop = crop_grid[0] * crop_grid[1]
+    margin = 1 if markers is not None and positions.ndim > 1 else 0
+    block = crop + 2 * margin
+    mask = torch.cat([valid[prefix], valid.new_ones(block), valid[suffix]]).long()
     positions = positions.float()
+    last = prefix[valid[prefix] > 0][-1]  # a hidden token, the end marker included, takes no position
+    start = float(positions[..., last].max()) + 1
     if positions.ndim == 1:
-        after_prefix = positions[prefix[-1]] + 1
-        inserted = after_prefix + torch.arange(crop, dtype=torch.float32, device=positions.device)
+        inserted = start + torch.arange(crop, dtype=torch.float32, device=positions.device)
         fused = torch.cat([positions[prefix], inserted, positions[suffix] + crop])
-        return FusedRow(row, prefix, suffix, crop, crop, fused)
-    start = float(positions[:, span.end - 1].max()) + 1 if end == span.end else float(positions[0, end - 1]) + 1
-    margin = 1 if markers is not None else 0
+        return FusedRow(row, prefix, suffix, block, crop, fused, mask)
     origin = float(positions[0, span.start])
     inserted = crop_positions(start + margin, origin, box, crop_grid, alignment).to(positions.device)
     advance = max(crop_grid) + 2 * margin
@@ -176,7 +190,7 @@ def fuse_row(
         before, after = (positions.new_full((3, 1), value) for value in (start, start + advance - 1))
         inserted = torch.cat([before, inserted, after], dim=1)
     fused = torch.cat([positions[:, prefix], inserted, positions[:, suffix] + advance], dim=1)
-    return FusedRow(row, prefix, suffix, crop + 2 * margin, crop, fused)
+    return FusedRow(row, prefix, suffix, block, crop, fused, mask)
 
 
 def pad_left(rows: list[Tensor], length: int, dim: int = 0) -> Tensor:

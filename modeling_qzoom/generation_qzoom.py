@@ -14,10 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adapters_qzoom import run_rows
 from .backbones_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions, spec_for_config
 from .decisions_qzoom import CoarseView, decide
 from .fused_pass_qzoom import fused_prefill
-from .fusion_qzoom import length_mask, pad_left, stack_positions
+from .fusion_qzoom import pad_left, stack_positions
 from .layers_qzoom import (
     CACHE,
     causal_mask,
@@ -46,7 +47,7 @@ class PrefillPart:
         last_hidden: (b, D) state of the last token, before the final norm.
         cache: keys and values of all layers.
         positions: (3, b, n) or (b, n) float32.
-        mask: (b, n) long.
+        mask: (b, n) long, 0 on padding and on tokens that a prompt's own mask hides.
     """
 
     rows: list[int]
@@ -167,13 +168,14 @@ class QZoomGenerationMixin(GenerationMixin):
         check_padding(mask)  # generate may have inferred it from pad tokens
         batch_dim = _batch_dim(positions)
         distinct = range(0, len(input_ids), repeat)
-        outputs, merged = self._zoom_prefill(
-            request,
-            select_rows(input_ids, distinct),
-            None if mask is None else select_rows(mask, distinct),
-            select_rows(positions, distinct, batch_dim),
-            cache,
-        )
+        with run_rows(request.adapters, range(len(distinct))):
+            outputs, merged = self._zoom_prefill(
+                request,
+                select_rows(input_ids, distinct),
+                None if mask is None else select_rows(mask, distinct),
+                select_rows(positions, distinct, batch_dim),
+                cache,
+            )
         if repeat > 1:
             cache.batch_repeat_interleave(repeat)
             outputs.logits = outputs.logits.repeat_interleave(repeat, dim=0)
@@ -235,14 +237,15 @@ class QZoomGenerationMixin(GenerationMixin):
         skipped = [row for row in range(len(input_ids)) if row not in zoomed]
         parts = [PrefillPart(zoomed, *fused_prefill(self, request, view, crops, cache))]
         if skipped:
-            parts.append(self._resume(view, skipped, cache))
+            with run_rows(request.adapters, skipped):
+                parts.append(self._resume(view, skipped, cache))
         return self._merge(parts, cache)
 
     def _resume(self, view: CoarseView, rows: list[int], cache: DynamicCache) -> PrefillPart:
         """Layers [K, L) for the rows that keep the coarse view, without the padding that only longer rows needed."""
         decoder, layer_k = self.vlm.get_decoder(), self.config.branch_layer
         valid = select_rows(view.valid, rows)
-        length = int(valid.sum(1).max())
+        length = valid.shape[1] - int(valid.argmax(1).min())  # tokens hidden inside a prompt stay in place
         valid = valid[:, -length:]
         part_cache = DynamicCache(config=decoder.config)
         for layer in range(layer_k):
@@ -281,7 +284,7 @@ class QZoomGenerationMixin(GenerationMixin):
             )
             set_layer_states(cache, layer, keys, values)
         last_hidden = torch.stack([part.last_hidden[index] for part, index in order])
-        mask = length_mask([int(part.mask[index].sum()) for part, index in order], length, last_hidden.device)
+        mask = pad_left([part.mask[index].to(last_hidden.device) for part, index in order], length)
         positions = stack_positions([part.positions[..., index, :] for part, index in order], length)
         return self._logits(last_hidden, cache), (mask, positions.contiguous())
 

@@ -12,16 +12,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .backbones_qzoom import count_images, image_grids, spec_for_config
+from .adapters_qzoom import refuse_learned_prompt, remove_row_adapters, row_adapters
+from .backbones_qzoom import spec_for_config
 from .branches_qzoom import ZoomBranches
 from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import plain_reports
-from .fusion_qzoom import image_spans
 from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
+from .inputs_qzoom import check_ids, check_mask, check_prompt
 from .layers_qzoom import CACHE, check_decoder, given_cache
 from .loading_qzoom import QZoomLoadingMixin
-from .options_qzoom import resolve_options
-from .refusals_qzoom import check_padding, refuse_hidden_images, refuse_unsupported, refuse_zoomed_cache
+from .options_qzoom import ZoomOptions, resolve_options, resolve_reports
+from .refusals_qzoom import (
+    check_padding,
+    first_setting,
+    infer_mask,
+    refuse_hidden_images,
+    refuse_unsupported,
+    refuse_zoomed_cache,
+)
 from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
 from .supervision_qzoom import branch_pass, check_training_call, fused_language_pass
 
@@ -262,13 +270,31 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "crop_max_tokens": crop_max_tokens,
             "position_alignment": position_alignment,
         }
+        try:
+            return self._generate(
+                inputs, generation_config, args, kwargs, given, source_images, source_boxes, return_zoom_reports
+            )
+        except BaseException:
+            remove_row_adapters(self)  # peft leaves them where a call ends in an error, and no later call would run
+            raise
+
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: dict[str, Any],
+        source_images: Any,
+        source_boxes: Any,
+        return_zoom_reports: Any,
+    ) -> Any:
+        """`generate` behind its signature; `given` are the options of the call by name."""
         spec = spec_for_config(self.config.vlm_config)
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         options = resolve_options(given, configs, self.config, mrope=spec.mrope)
-        if return_zoom_reports is None:
-            settings = (getattr(entry, "return_zoom_reports", None) for entry in configs)
-            return_zoom_reports = next((value for value in settings if value is not None), False)
+        return_zoom_reports = resolve_reports(return_zoom_reports, configs)
         if return_zoom_reports:
             if kwargs.get("return_dict_in_generate") is False:
                 raise ValueError(
@@ -281,30 +307,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        refuse_zoomed_cache(cache)
-        if input_ids is None and kwargs.get("inputs_embeds") is not None and options.zoom != "never":
-            refuse_hidden_images(kwargs, source_images)
-        if options.zoom != "never":
-            check_padding(kwargs.get("attention_mask"))
-        request = None
-        if input_ids is not None and (input_ids == self.config.image_token_id).any() and options.zoom != "never":
-            refuse_unsupported(args, configs, kwargs)
-            if kwargs.get("pixel_values") is None and kwargs.get("mm_encoder_outputs") is None:
-                raise ValueError(
-                    "the prompt holds image tokens but pixel_values is missing; pass what the processor returned."
-                )
-            grid = kwargs.get("image_grid_thw")
-            count = count_images(self.config.vlm_config, input_ids, grid)
-            spans = image_spans(
-                input_ids, self.config.image_token_id, image_grids(self.config.vlm_config, grid, count)
-            )
-            crop_recipe(self.config, options, spec)  # refuses an impossible budget before anything runs
-            request = ZoomRequest(
-                options, spans, collect_sources(source_images, spans), collect_grid_boxes(source_boxes, count)
-            )
+        request = self._plan_zoom(options, input_ids, source_images, source_boxes, args, configs, kwargs)
+        if request is not None:
             kwargs[REQUEST] = request
-        elif source_images is not None and input_ids is not None and options.zoom != "never":
-            collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
         outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if return_zoom_reports:
             embeds = kwargs.get("inputs_embeds")
@@ -312,3 +317,55 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             reports = request.reports if request is not None else plain_reports(self.config, ids, "off")
             outputs["zoom_reports"] = reports
         return outputs
+
+    def _plan_zoom(
+        self,
+        options: ZoomOptions,
+        input_ids: Any,
+        source_images: Any,
+        source_boxes: Any,
+        args: tuple,
+        configs: Sequence[GenerationConfig],
+        kwargs: dict[str, Any],
+    ) -> ZoomRequest | None:
+        """Checks the inputs of `generate`.
+
+        Args:
+            input_ids: what was given as ids, None for nothing.
+            args, configs, kwargs: the other arguments of `generate`, and the generation configs in force.
+
+        Returns:
+            What the zooming prefill needs; None where the plain model answers.
+        """
+        cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
+        refuse_zoomed_cache(cache)
+        if input_ids is not None and embeds is None:
+            check_ids(input_ids, getattr(self.get_input_embeddings(), "num_embeddings", None))
+        if options.zoom == "never":
+            return None
+        if input_ids is None:
+            if embeds is not None:
+                refuse_hidden_images(kwargs, source_images)
+            check_padding(mask)
+            return None
+        if embeds is None:
+            cached = 0 if cache is None else cache.get_seq_length()
+            length = input_ids.shape[1]
+            if mask is None:
+                mask = infer_mask(input_ids, kwargs, configs) if not cached else None
+            else:
+                check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
+        check_padding(mask)
+        if not (input_ids == self.config.image_token_id).any():
+            if source_images is not None:
+                collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
+            return None
+        refuse_unsupported(args, configs, kwargs)
+        refuse_learned_prompt(self)
+        spans = check_prompt(self.config, input_ids, mask, kwargs)
+        spec = spec_for_config(self.config.vlm_config)
+        crop_recipe(self.config, options, spec)  # refuses an impossible budget before anything runs
+        sources = collect_sources(source_images, spans)
+        repeats = max(first_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        adapters = row_adapters(self, len(input_ids), repeats)
+        return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)

@@ -1,8 +1,9 @@
 """The zoom options of one call: their names, their validation and the order in which their sources win."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import SequenceMatcher
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,29 +31,127 @@ class ZoomOptions:
 
 
 OPTION_NAMES = tuple(field.name for field in fields(ZoomOptions))
+# every name that a generation config may carry for us
+SETTING_NAMES = (*OPTION_NAMES, "effort", "return_zoom_reports")
+
+_LONGEST_VALUE = 80  # characters of a refused value that a message quotes
+_CLOSE_MISS = 0.85  # share of equal characters; "max_tokens" and "crop_max_tokens" share 0.82
 
 
 def python_number(value: Any) -> Any:
     """A number of any library (`np.float32`, `np.int64`, ...) as int or float; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
-    return int(value) if isinstance(value, Integral) else float(value)
+    try:
+        return int(value) if isinstance(value, Integral) else float(value)
+    except OverflowError:  # a fraction beyond what a float holds
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    """A refused value for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return f"a number of more than {_LONGEST_VALUE} digits"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {_shown(value)}.")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < low:
-        raise ValueError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {value!r}.")
+    if not is_number or not _is_finite(value) or value < low:
+        raise ValueError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {_shown(value)}.")
 
 
 def _check_tokens(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+        raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {_shown(value)}.")
+
+
+def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
+    """Checks the crop's budget against the length that the decoder was made for.
+
+    Args:
+        config: the model's `QZoomConfig`.
+
+    Raises:
+        ValueError: a bound is larger than any sequence may be.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name in CROP_BOUNDS:
+        value = getattr(options, name)
+        if value is not None and positions is not None and value > positions:
+            raise ValueError(
+                f"{name} is {_shown(value)}, but this model's sequences hold at most {positions} tokens "
+                "(max_position_embeddings), the prompt and the answer included. Set a smaller budget."
+            )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def close_miss(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that a name was probably meant to be; None for a name of somebody else's.
+
+    Caught are other spellings, one or two wrong letters, and names that are cut short or go on.
+    """
+    given = _plain(name)
+    for option in known:
+        meant = _plain(option)
+        begins = min(len(name.split("_")), len(option.split("_"))) > 1 and (
+            f"{option}_".startswith(f"{name.lower()}_") or f"{name.lower()}_".startswith(f"{option}_")
+        )
+        if given == meant or begins or SequenceMatcher(None, given, meant).ratio() >= _CLOSE_MISS:
+            return option
+    return None
+
+
+def check_generation_config(entry: Any) -> None:
+    """Looks for options that a generation config would carry without effect.
+
+    Raises:
+        ValueError: an attribute that is nearly one of our options (nobody else's is called after zooming).
+        TypeError: no generation config at all.
+    """
+    if not isinstance(entry, GenerationConfig):
+        raise TypeError(
+            f"generation_config must be a GenerationConfig, got a {type(entry).__name__}; "
+            "GenerationConfig(**options) makes one."
+        )
+    stock = vars(GenerationConfig())
+    for name, value in vars(entry).items():
+        if name in SETTING_NAMES or name in stock or name.startswith("_") or value is None:
+            continue
+        meant = close_miss(name, SETTING_NAMES)
+        if meant is not None or "zoom" in name.lower():
+            hint = f"did you mean {meant}?" if meant else f"the options are {sorted(SETTING_NAMES)}."
+            raise ValueError(f"the generation config sets {name!r}, which is no option of Q-Zoom; {hint}")
+
+
+def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) -> bool:
+    """Whether a call returns reports: as it says itself, else as the generation configs do.
+
+    Raises:
+        ValueError: neither True nor False.
+    """
+    settings = (given, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
+    for value in settings:
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"return_zoom_reports must be True or False, got {_shown(value)}.")
+    return next((value for value in settings if value is not None), False)
 
 
 def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
@@ -117,7 +216,7 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
         return {}
     if not isinstance(effort, str) or effort not in presets:
         known = sorted(presets) or "none; set thresholds and budgets one by one"
-        raise ValueError(f"effort={effort!r} is not a preset of this checkpoint (presets: {known}).")
+        raise ValueError(f"effort={_shown(effort)} is not a preset of this checkpoint (presets: {known}).")
     return presets[effort]
 
 
@@ -154,8 +253,11 @@ def resolve_options(
         config: the model's `QZoomConfig`.
 
     Raises:
-        ValueError: unknown preset, or what `validate_options` refuses.
+        ValueError: unknown preset, a misspelt option in a generation config, a budget beyond the model's length, or
+            what `validate_options` refuses.
     """
+    for entry in generation_configs:
+        check_generation_config(entry)
     layers: list[dict[str, Any]] = []  # strongest first
     for source in (call, *(vars(entry) for entry in generation_configs)):
         layers += [source, find_preset(source.get("effort"), config.presets)]
@@ -169,4 +271,5 @@ def resolve_options(
     _uncross_crop_bounds(resolved, ranks)
     options = ZoomOptions(**resolved)
     validate_options(options, mrope=mrope)
+    check_capacity(options, config)
     return options

@@ -16,16 +16,35 @@ _EMBEDDED = "inputs_embeds hide where the images are; pass input_ids and pixel_v
 
 def check_padding(attention_mask: Tensor | None) -> None:
     """Raises:
-    ValueError: a row is padded on the right.
+    ValueError: a row is empty or padded on the right.
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return
+    empty = (attention_mask == 0).all(1).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(f"rows {empty} are empty: attention_mask hides every token of them. Leave these rows out.")
     wrong = (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(
             f"rows {wrong} are padded on the right; generation continues at the right end, so pad on the left "
             "(QZoomProcessor does; for another tokenizer set padding_side='left')."
         )
+
+
+def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Sequence[Any]) -> Tensor | None:
+    """The mask that `generate` of transformers will infer from pad tokens, None where it takes every token.
+
+    Args:
+        input_ids: (B, N).
+        kwargs: keyword arguments of `generate`, without a mask.
+        generation_configs: those in force, the call's before the model's.
+    """
+    pad, eos = (first_setting(name, kwargs, generation_configs) for name in ("pad_token_id", "eos_token_id"))
+    ends = eos.flatten().tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, (list, tuple)) else [eos]
+    pad = pad.item() if isinstance(pad, Tensor) else pad
+    if pad is None or pad in ends or not (input_ids == pad).any():
+        return None
+    return (input_ids != pad).long()
 
 
 def mark_zoomed(cache: Cache) -> None:
@@ -70,6 +89,12 @@ def refuse_batched_images(inputs: Sequence[Sequence[int]], image_token_id: int) 
         )
 
 
+def first_setting(name: str, kwargs: dict[str, Any], generation_configs: Sequence[Any]) -> Any:
+    """A setting of `generate`, from the call or the first generation config that has it."""
+    values = (kwargs.get(name), *(getattr(entry, name, None) for entry in generation_configs))
+    return next((value for value in values if value is not None), None)
+
+
 def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[str, Any]) -> None:
     """Checks a call that may zoom.
 
@@ -83,8 +108,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
     """
 
     def setting(name: str) -> Any:
-        values = (kwargs.get(name), *(getattr(entry, name, None) for entry in generation_configs))
-        return next((value for value in values if value is not None), None)
+        return first_setting(name, kwargs, generation_configs)
 
     # order of generate's own parameters after generation_config
     positional = dict(

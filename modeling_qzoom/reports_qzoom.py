@@ -9,7 +9,18 @@ from torch import Tensor
 from .regions_qzoom import Box, Rectangle
 
 
-REASONS = ("gate_open", "gate_closed", "forced", "off", "no_image", "video", "empty_map", "crop_failed")
+REASONS = (
+    "gate_open",
+    "gate_closed",
+    "gate_nan",
+    "forced",
+    "off",
+    "no_image",
+    "video",
+    "empty_map",
+    "map_nan",
+    "crop_failed",
+)
 
 
 @dataclass(repr=False)
@@ -20,11 +31,13 @@ class ZoomReport:
     notebook shows caption and heat map.
 
     Attributes:
-        gate_probability: probability that the coarse view is not enough; None where the gate did not run.
+        gate_probability: probability that the coarse view is not enough; None where the gate did not run or made no
+            number.
         zoomed: whether a crop was used.
         reason: `gate_open` or `forced` (zoomed; forced by zoom="always" or for lack of a gate); `gate_closed`, `off`
-            (zoom="never"), `no_image`, `video`, `empty_map` (no cell above the threshold) or `crop_failed` (the region
-            lies in the padding or is too narrow) (not zoomed).
+            (zoom="never"), `no_image`, `video`, `empty_map` (no cell above the threshold), `crop_failed` (the region
+            lies in the padding or is too narrow), `gate_nan` or `map_nan` (a branch computed NaN: damaged weights, or
+            a number format that is too narrow) (not zoomed).
         image_index: which of the row's images was looked at, None if none was.
         box: (x0, y0, x1, y1) in pixels of that image, end exclusive; None without a region.
         region_logits: (h, w) region logits of that image, None where the region branch did not run.

@@ -1,11 +1,14 @@
 """One call's zoom request: checked inputs that travel through `generate` as a single object."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from .adapters_qzoom import RowAdapters
 from .backbones_qzoom import BackboneSpec, token_geometry
 from .configuration_qzoom import QZoomConfig
 from .crops_qzoom import CropRecipe
@@ -33,6 +36,7 @@ class ZoomRequest:
         sources: (3, H, W) uint8 source of every image, in order of appearance.
         grid_boxes: per image, the rectangle of source pixels under its grid; None for the whole image.
         expand_size: how often `generate` repeats each row (beams, return sequences).
+        adapters: what peft gives the layers of this call by row, None for nothing.
         encoder_outputs: encoded images and videos of the distinct rows.
         reports: filled by the prefill, one per distinct row.
     """
@@ -41,6 +45,7 @@ class ZoomRequest:
     spans: list[list[ImageSpan]]
     sources: list[Tensor]
     grid_boxes: list[Rectangle | None]
+    adapters: RowAdapters | None = None
     expand_size: int = 1
     encoder_outputs: dict[str, Any] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
@@ -83,6 +88,30 @@ def _is_nested(images: Sequence[Any]) -> bool:
     return len(images) > 0 and all(image is None or isinstance(image, (list, tuple)) for image in images)
 
 
+def _fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:
+    """Whether an image of (height, width) pixels, resized in its aspect ratio, can have a grid of whole tokens."""
+    # image processors round both sides to the nearest token, both down (to one at least) or both up
+    for below, above in ((0.5, 0.5), (0.0, 1.0), (1.0, 0.0)):
+        low = max((side - below if side > 1 else 0.0) / pixels for side, pixels in zip(grid, size))
+        high = min((side + above) / pixels for side, pixels in zip(grid, size))
+        if low <= high:
+            return True
+    return False
+
+
+def _check_orientation(source: Tensor, place: str, grid: tuple[int, int]) -> None:
+    """Raises:
+    ValueError: the source fits the grid only on its side.
+    """
+    height, width = source.shape[1:]
+    if not _fits((height, width), grid) and _fits((width, height), grid):
+        raise ValueError(
+            f"source_images: {place} is {height} × {width} pixels (height × width), but its token grid is {grid[0]} × "
+            f"{grid[1]}, which fits it only on its side. Are the sources in the order of the images, h before w in "
+            "image_grid_thw, and both views upright?"
+        )
+
+
 def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Tensor]:
     """Flattens and checks the source images of a batch.
 
@@ -91,7 +120,8 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
             lists (3, H, W) of integers in 0..255. A (n, 3, H, W) tensor counts as a flat list.
 
     Raises:
-        ValueError: no sources, a wrong count (naming row and image), or an image of the wrong kind.
+        ValueError: no sources, a wrong count (naming row and image), an image of the wrong kind, or one that lies on
+            its side.
     """
     expected = [len(row) for row in spans]
     if source_images is None and not sum(expected):
@@ -121,16 +151,30 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
             f"source_images has {len(images)} images, the prompts have only {sum(expected)}; image {sum(expected)} "
             f"has no place in row {len(expected) - 1}. {_WAY_OUT}"
         )
-    return [as_source(ImageSlot(image, index, *_place(index, expected))) for index, image in enumerate(images)]
+    slots = [ImageSlot(image, index, *_place(index, expected)) for index, image in enumerate(images)]
+    sources = [as_source(slot) for slot in slots]
+    for slot, source, span in zip(slots, sources, [span for row in spans for span in row]):
+        _check_orientation(source, str(slot), span.grid)
+    return sources
 
 
 def _flat_numbers(nested: Any) -> list[float]:
-    """The numbers of a tensor, or of lists and tensors nested to any depth, in order; None counts as nothing."""
-    if isinstance(nested, Tensor):
-        return nested.flatten().float().tolist()
+    """The numbers of a tensor or array, or of lists and tensors nested to any depth, in order; None counts as nothing.
+
+    Raises:
+        ValueError: something in it is no number.
+    """
+    nested = nested.tolist() if hasattr(nested, "tolist") else nested
     if isinstance(nested, (list, tuple)):
         return [number for item in nested for number in _flat_numbers(item)]
-    return [] if nested is None else [float(nested)]
+    if nested is None:
+        return []
+    if not isinstance(nested, Real) or isinstance(nested, bool) or not math.isfinite(nested):
+        raise ValueError(
+            f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {str(nested)[:80]!r}. Pass what "
+            "QZoomProcessor returned."
+        )
+    return [float(nested)]
 
 
 def collect_grid_boxes(source_boxes: Any, count: int) -> list[Rectangle | None]:
@@ -141,7 +185,7 @@ def collect_grid_boxes(source_boxes: Any, count: int) -> list[Rectangle | None]:
             grids cover whole images.
 
     Raises:
-        ValueError: not one rectangle per image, or a rectangle without area.
+        ValueError: not one rectangle per image, something that is no finite number, or a rectangle without area.
     """
     if source_boxes is None:
         return [None] * count

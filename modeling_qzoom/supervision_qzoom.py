@@ -23,7 +23,8 @@ from .backbones_qzoom import (
 from .crops_qzoom import CropError, crop_region, crop_token_grid
 from .decisions_qzoom import CoarseView, Crop, decide, gate_logits, region_maps
 from .fused_pass_qzoom import encode_crops, fused_deepstack, fused_embeds, plan_rows
-from .fusion_qzoom import ImageSpan, image_spans, length_mask, pad_left, plain_row, stack_positions
+from .fusion_qzoom import ImageSpan, image_spans, pad_left, plain_row, stack_positions
+from .inputs_qzoom import check_prompt
 from .layers_qzoom import causal_mask, embed_prompt, rotary, run_layers
 from .options_qzoom import resolve_options
 from .regions_qzoom import Box, pixels_to_cells
@@ -43,6 +44,7 @@ def coarse_view(
         vision: the VLM's visual inputs by name.
     """
     vlm, decoder, config = model.vlm, model.vlm.get_decoder(), model.config
+    check_prompt(config, input_ids, attention_mask, vision)
     encoded = {kind: as_visual_features(output) for kind, output in vision.get("mm_encoder_outputs", {}).items()}
     if "pixel_values" in vision:
         encoded["image"] = encode_images(vlm, vision["pixel_values"], vision.get("image_grid_thw"))
@@ -320,7 +322,7 @@ def fused_language_pass(
         inserted = labels.new_full((row.block,), IGNORED)
         own = labels[row.row]
         fused_labels[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
-    mask = length_mask([row.length for row in rows], length, embeds.device)
+    mask = pad_left([row.mask for row in rows], length).to(embeds.device)
     positions = stack_positions([row.positions for row in rows], length)
     hidden = run_layers(
         decoder,

@@ -27,10 +27,12 @@ _REASONS = {
     "gate_open": "zoomed: the gate asked for a closer look",
     "forced": "zoomed: without asking the gate",
     "gate_closed": "not zoomed: the gate found the coarse view enough",
+    "gate_nan": "not zoomed: the gate computed no number (NaN)",
     "off": 'not zoomed: zoom="never"',
     "no_image": "not zoomed: no image in this row",
     "video": "not zoomed: videos pass unzoomed",
     "empty_map": "not zoomed: nothing stands out in the heat map",
+    "map_nan": "not zoomed: the heat map holds no numbers (NaN)",
     "crop_failed": "not zoomed: the crop could not be made",
 }
 

@@ -192,11 +192,11 @@ class PrefillCost:
     def of_answer(self, answer: Answer) -> int:
         """FLOPs of the prefill that gave an answer, from its report: plain, skipped, zoomed, or looked at in vain."""
         prompt, report = Prompt(answer.prompt_tokens, answer.suffix_tokens, answer.grid), answer.report
-        asked = report.gate_probability is not None
+        asked = report.gate_probability is not None or report.reason == "gate_nan"
         if report.zoomed:
             return self.zoomed(prompt, self.crop_grid(report), asked)
         cost = self.skipped(prompt) if asked else self.plain(prompt)
-        if report.reason in ("empty_map", "crop_failed"):
+        if report.reason in ("empty_map", "map_nan", "crop_failed"):
             cost += self.decoder.region(prompt.tokens, prompt.visual)
         return cost
 
