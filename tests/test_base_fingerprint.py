@@ -109,6 +109,14 @@ def test_other_weights_are_refused_unless_they_are_meant(saved, dtype, tmp_path)
     assert weights_equal(automatic, loaded)
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_other_weights_are_noticed_under_other_names(saved, original, tmp_path):
+    family, _, addon = saved
+    tiny_vlm(family, seed=7).save_pretrained(tmp_path, save_original_format=original)
+    with pytest.raises(ValueError, match=r"made for: \d{2,} of \d{2,} tensors differ"):
+        load(addon, base_model_name_or_path=tmp_path)
+
+
 @pytest.mark.parametrize("part", ["q_proj.weight", "layernorm", "mlp.down_proj", "visual"])
 def test_light_fine_tuning_is_noticed(qwen, part, tmp_path):
     base, addon = qwen

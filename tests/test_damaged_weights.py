@@ -121,6 +121,14 @@ def test_damaged_and_missing_shards(folder, which, placement):
         read()
 
 
+def test_damaged_variant(folder):
+    load(folder / "full").save_pretrained(folder / "low", variant="fp16", max_shard_size=TINY)
+    file = max((folder / "low").glob("*.safetensors"))
+    cut(file)
+    with pytest.raises(ValueError, match=f"{file.name} cannot be read: it is cut short"):
+        load(folder / "low", variant="fp16")
+
+
 def test_shards_of_an_addons_base(folder):
     file = min((folder / "base-shards").glob("*.safetensors"))
     cut(file)
