@@ -28,7 +28,7 @@ def processor_of(family: str) -> QZoomProcessor:
     return PROCESSORS[family](**({} if family == "llava" else {"min_tokens": 4, "max_tokens": 16}))
 
 
-# --- TRL --------------------------------------------------------------------------------------------------------------
+# --- TRL -------------------------------------------------------------------------------------------------------------
 
 
 def chats(form: str) -> list[dict]:
@@ -120,7 +120,7 @@ def test_trl_trains_an_adapter_that_can_be_loaded_and_merged(form, tmp_path):
     assert torch.equal(again.generate(**inputs, zoom="always", **CALL), answer)
 
 
-# --- peft -------------------------------------------------------------------------------------------------------------
+# --- peft ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
@@ -161,7 +161,7 @@ def test_lora_of_peft_trains_on_whatever_forward_takes(family, task_type, tmp_pa
     assert torch.equal(loaded.generate(**inputs, zoom="always", **CALL), answer)
 
 
-# --- datasets ---------------------------------------------------------------------------------------------------------
+# --- datasets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["torch", "numpy", None])
@@ -190,7 +190,7 @@ def test_rows_that_datasets_has_stored_are_answered_alike(family, layout, tmp_pa
     assert torch.equal(answer, model.generate(**expected, zoom="always", **CALL))
 
 
-# --- accelerate -------------------------------------------------------------------------------------------------------
+# --- accelerate ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["disk_offload", "dispatch_model", "load_checkpoint_and_dispatch"])
