@@ -53,6 +53,8 @@ def test_ids_that_no_model_takes(family, zoom, ids, message):
     refuse(message, {"input_ids": ids}, family, zoom=zoom)
     with pytest.raises(ValueError, match=message):
         shared_model(family).generate(ids, zoom=zoom)
+    with pytest.raises(ValueError, match=message):
+        shared_model(family)(ids, gate_targets=torch.ones(2))
 
 
 @families

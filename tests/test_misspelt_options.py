@@ -23,6 +23,7 @@ from .test_options import one_row, report_of, resolve
         ({"ZOOM": "never"}, "did you mean zoom?"),
         ({"zoom_mode": "never"}, "the options are"),
         ({"efort": "fast"}, "did you mean effort?"),
+        ({"effrot": "fast"}, "did you mean effort?"),
         ({"return_zoom_reprots": True}, "did you mean return_zoom_reports?"),
     ],
 )
