@@ -201,10 +201,10 @@ def _check_visible(
 def check_prompt(
     config: QZoomConfig, input_ids: Tensor, attention_mask: Tensor | None, vision: dict[str, Any]
 ) -> list[list[ImageSpan]]:
-    """Checks ids, mask, pixels and grids of a batch that may zoom.
+    """Checks mask, pixels and grids of a batch that may zoom against its ids.
 
     Args:
-        input_ids, attention_mask: (B, N).
+        input_ids, attention_mask: (B, N); the ids have passed `check_ids`.
         vision: the VLM's visual inputs by name.
 
     Returns:
@@ -214,7 +214,6 @@ def check_prompt(
         ValueError: names the input and the cause.
     """
     spec, geometry = spec_for_config(config.vlm_config), token_geometry(config.vlm_config)
-    check_ids(input_ids, None)
     check_mask(attention_mask, len(input_ids), (input_ids.shape[1],))
     grids = vision.get("image_grid_thw")
     if grids is not None:

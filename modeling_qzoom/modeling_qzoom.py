@@ -12,25 +12,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .adapters_qzoom import refuse_learned_prompt, remove_row_adapters, row_adapters
+from .adapters_qzoom import remove_row_adapters
 from .backbones_qzoom import spec_for_config
 from .branches_qzoom import ZoomBranches
 from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import plain_reports
 from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
-from .inputs_qzoom import check_ids, check_mask, check_prompt
 from .layers_qzoom import CACHE, check_decoder, given_cache
 from .loading_qzoom import QZoomLoadingMixin
-from .options_qzoom import ZoomOptions, resolve_options, resolve_reports
-from .refusals_qzoom import (
-    check_padding,
-    first_setting,
-    infer_mask,
-    refuse_hidden_images,
-    refuse_unsupported,
-    refuse_zoomed_cache,
-)
-from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, crop_recipe
+from .options_qzoom import resolve_options, resolve_reports
+from .planning_qzoom import plan_zoom
 from .supervision_qzoom import branch_pass, check_training_call, fused_language_pass
 
 
@@ -307,7 +298,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        request = self._plan_zoom(options, input_ids, source_images, source_boxes, args, configs, kwargs)
+        request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
         if request is not None:
             kwargs[REQUEST] = request
         outputs = super().generate(inputs, generation_config, *args, **kwargs)
@@ -317,55 +308,3 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             reports = request.reports if request is not None else plain_reports(self.config, ids, "off")
             outputs["zoom_reports"] = reports
         return outputs
-
-    def _plan_zoom(
-        self,
-        options: ZoomOptions,
-        input_ids: Any,
-        source_images: Any,
-        source_boxes: Any,
-        args: tuple,
-        configs: Sequence[GenerationConfig],
-        kwargs: dict[str, Any],
-    ) -> ZoomRequest | None:
-        """Checks the inputs of `generate`.
-
-        Args:
-            input_ids: what was given as ids, None for nothing.
-            args, configs, kwargs: the other arguments of `generate`, and the generation configs in force.
-
-        Returns:
-            What the zooming prefill needs; None where the plain model answers.
-        """
-        cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
-        refuse_zoomed_cache(cache)
-        if input_ids is not None and embeds is None:
-            check_ids(input_ids, getattr(self.get_input_embeddings(), "num_embeddings", None))
-        if options.zoom == "never":
-            return None
-        if input_ids is None:
-            if embeds is not None:
-                refuse_hidden_images(kwargs, source_images)
-            check_padding(mask)
-            return None
-        if embeds is None:
-            cached = 0 if cache is None else cache.get_seq_length()
-            length = input_ids.shape[1]
-            if mask is None:
-                mask = infer_mask(input_ids, kwargs, configs) if not cached else None
-            else:
-                check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
-        check_padding(mask)
-        if not (input_ids == self.config.image_token_id).any():
-            if source_images is not None:
-                collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
-            return None
-        refuse_unsupported(args, configs, kwargs)
-        refuse_learned_prompt(self)
-        spans = check_prompt(self.config, input_ids, mask, kwargs)
-        spec = spec_for_config(self.config.vlm_config)
-        crop_recipe(self.config, options, spec)  # refuses an impossible budget before anything runs
-        sources = collect_sources(source_images, spans)
-        repeats = max(first_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
-        adapters = row_adapters(self, len(input_ids), repeats)
-        return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)

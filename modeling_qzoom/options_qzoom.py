@@ -106,7 +106,7 @@ def _plain(name: str) -> str:
 def close_miss(name: str, known: Iterable[str]) -> str | None:
     """The one of `known` that a name was probably meant to be; None for a name of somebody else's.
 
-    Caught are other spellings, one or two wrong letters, and names that are cut short or go on.
+    Caught are other spellings, one or two wrong or swapped letters, and names that are cut short or go on.
     """
     given = _plain(name)
     for option in known:
@@ -114,7 +114,8 @@ def close_miss(name: str, known: Iterable[str]) -> str | None:
         begins = min(len(name.split("_")), len(option.split("_"))) > 1 and (
             f"{option}_".startswith(f"{name.lower()}_") or f"{name.lower()}_".startswith(f"{option}_")
         )
-        if given == meant or begins or SequenceMatcher(None, given, meant).ratio() >= _CLOSE_MISS:
+        swapped = sorted(given) == sorted(meant)
+        if swapped or begins or SequenceMatcher(None, given, meant).ratio() >= _CLOSE_MISS:
             return option
     return None
 

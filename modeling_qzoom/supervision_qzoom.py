@@ -24,7 +24,7 @@ from .crops_qzoom import CropError, crop_region, crop_token_grid
 from .decisions_qzoom import CoarseView, Crop, decide, gate_logits, region_maps
 from .fused_pass_qzoom import encode_crops, fused_deepstack, fused_embeds, plan_rows
 from .fusion_qzoom import ImageSpan, image_spans, pad_left, plain_row, stack_positions
-from .inputs_qzoom import check_prompt
+from .inputs_qzoom import check_ids, check_prompt
 from .layers_qzoom import causal_mask, embed_prompt, rotary, run_layers
 from .options_qzoom import resolve_options
 from .regions_qzoom import Box, pixels_to_cells
@@ -44,6 +44,7 @@ def coarse_view(
         vision: the VLM's visual inputs by name.
     """
     vlm, decoder, config = model.vlm, model.vlm.get_decoder(), model.config
+    check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
     check_prompt(config, input_ids, attention_mask, vision)
     encoded = {kind: as_visual_features(output) for kind, output in vision.get("mm_encoder_outputs", {}).items()}
     if "pixel_values" in vision:

@@ -187,6 +187,9 @@ def test_llava_crops_have_one_size():
     for name in ("crop_min_tokens", "crop_max_tokens"):
         with pytest.raises(ValueError, match="do not apply: crops of this backbone always have 16 tokens"):
             report_of(shared_model("llava"), **always(), **{name: 8})
+    words = make_inputs("llava", [Row(["words"], [], 0)])
+    with pytest.raises(ValueError, match="do not apply: crops of this backbone"):
+        report_of(shared_model("llava"), words, crop_max_tokens=8)
     assert report_of(shared_model("llava"), **always()).crop_tokens == 16
 
 

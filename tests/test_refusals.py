@@ -264,3 +264,17 @@ def test_paged_batches_with_images_are_refused():
     ids = make_inputs("qwen2_5_vl", [Row(["what is ", None, "?"], [(4, 4)])])["input_ids"].tolist()
     with pytest.raises(ValueError, match=r"generate_batch.*\[1\] hold image tokens"):
         model.generate_batch(inputs=[[1, 2, 3], *ids], max_new_tokens=1)
+
+
+@families
+def test_the_plain_model_keeps_its_own_rule_for_padding(family):
+    model = shared_model(family)
+    pad = model.generation_config.pad_token_id
+    ids = torch.tensor([[70, 71, 72, pad], [73, 74, 75, 76]])
+    expected = model.vlm.generate(ids, max_new_tokens=3)
+    assert model.generate(ids, max_new_tokens=3, zoom="never").equal(expected)
+    # pad tokens that are also end tokens say nothing about padding
+    same = {"pad_token_id": pad, "eos_token_id": pad, "max_new_tokens": 3}
+    assert model.generate(ids, **same).equal(model.vlm.generate(ids, **same))
+    left = ids.flip(1)
+    assert model.generate(left, max_new_tokens=3).equal(model.vlm.generate(left, max_new_tokens=3))

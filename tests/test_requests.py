@@ -258,3 +258,23 @@ def test_source_boxes_reach_the_region(nested):
     )
     assert [report.grid_box for report in reports] == [boxes[0], None, boxes[1]]
     assert [report.box for report in reports] == [boxes[0], None, boxes[1]]
+
+
+@pytest.mark.parametrize("size", [(1, 4), (4, 1), (2, 3), (5, 6)])
+@pytest.mark.parametrize("offset", [-9, 0, 9])
+def test_sources_may_differ_from_their_grid_as_rounding_lets_them(size, offset):
+    model = shared_model("qwen2_5_vl")
+    inputs = make_inputs("qwen2_5_vl", [Row([None, "?"], [size], 1)])
+    height, width = 28 * size[0] + offset, 28 * size[1] - offset
+    model.generate(**{**inputs, "source_images": [random_source(height, width, 0)]}, **always(), max_new_tokens=1)
+
+
+@families
+def test_arrays_do_as_source_boxes(family):
+    inputs = make_inputs(family, [Row(["see ", None, " there"], [(2, 5)], 31)])
+    boxes = torch.tensor([[0.0, 0.0, 100.0, 100.0]])
+    outputs = [
+        shared_model(family).generate(**inputs, **always(), source_boxes=form, max_new_tokens=1)
+        for form in (boxes, boxes.numpy(), list(boxes.numpy()))
+    ]
+    assert outputs[0].equal(outputs[1]) and outputs[0].equal(outputs[2])
