@@ -185,6 +185,29 @@ def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Te
     return as_visual_features(vlm.get_image_features(pixel_values, return_dict=True, **grid))
 
 
+def mismatch(kind: str, tokens: int, features: int) -> str:
+    """The plain VLMs' sentence about prompts and images that do not belong together; `kind` is Image or Video."""
+    return f"{kind} features and {kind.lower()} tokens do not match, tokens: {tokens}, features: {features}"
+
+
+def check_visual_tokens(vlm_config: PreTrainedConfig, input_ids: Tensor, vision: dict[str, Any]) -> None:
+    """Compares image and video tokens of prompts with the grids beside them, as far as both are there.
+
+    Raises:
+        ValueError: there are more or fewer tokens than the grids have cells.
+    """
+    for kind in ("Image", "Video"):
+        grids = vision.get(f"{kind.lower()}_grid_thw")
+        if grids is None:
+            continue
+        tokens = int(torch.eq(input_ids, getattr(vlm_config, f"{kind.lower()}_token_id")).sum())
+        if not tokens:  # of pixel values without a place the VLM itself complains
+            continue
+        features = int(grids.prod(-1).sum()) // token_geometry(vlm_config).merge ** 2
+        if tokens != features:
+            raise ValueError(mismatch(kind, tokens, features))
+
+
 # what positions depend on besides ids and padding
 POSITION_INPUTS = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -210,6 +233,13 @@ def prompt_positions(
     if vision.get("mm_token_type_ids") is None:
         types = (input_ids == vlm.config.image_token_id).int() + 2 * (input_ids == vlm.config.video_token_id).int()
         vision = {**vision, "mm_token_type_ids": types}
+    check_visual_tokens(vlm.config, input_ids, vision)
     vlm = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm  # a VLM in a wrapper of peft
-    grid, _ = vlm.base_model.get_rope_index(input_ids, attention_mask=attention_mask, **vision)
+    try:
+        grid, _ = vlm.base_model.get_rope_index(input_ids, attention_mask=attention_mask, **vision)
+    except StopIteration as error:  # which would silently end a loop over batches
+        raise ValueError(
+            "the prompts hold more separate stretches of image or video tokens than there are grids in image_grid_thw "
+            "or video_grid_thw. Were prompts and images processed together?"
+        ) from error
     return torch.cat([text[None], grid.to(text)], dim=0)

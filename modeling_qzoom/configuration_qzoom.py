@@ -125,6 +125,18 @@ class QZoomConfig(PreTrainedConfig):
 
     model_type = "qzoom"
     sub_configs = {"vlm_config": AutoConfig}
+    # what Trainer leaves out of predictions: all that does not have one entry a row, or one size in every batch
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "image_outputs",
+        "video_outputs",
+        "image_hidden_states",
+        "rope_deltas",
+        "region_loss",
+        "gate_loss",
+        "region_logits",
+    ]
 
     def __init__(
         self,

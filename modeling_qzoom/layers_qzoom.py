@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones_qzoom import VisualFeatures
+from .backbones_qzoom import VisualFeatures, mismatch
 
 
 # What transformers calls the cache: as an argument, in the keyword arguments of generate, in outputs. 5.24 renamed it,
@@ -135,13 +135,16 @@ def embed_prompt(
     embeds = vlm.get_input_embeddings()(input_ids)
     config = vlm.config
     parts: list[tuple[Tensor, VisualFeatures]] = []
-    for features, token_id in ((images, config.image_token_id), (videos, getattr(config, "video_token_id", None))):
+    for kind, features, token_id in (
+        ("Image", images, config.image_token_id),
+        ("Video", videos, getattr(config, "video_token_id", None)),
+    ):
         if features is None:
             continue
         mask = torch.eq(input_ids, cast(int, token_id))  # (B, N)
         flat = torch.cat(features.embeds).to(embeds.device, embeds.dtype)  # (n, D)
         if int(mask.sum()) != len(flat):
-            raise ValueError(f"the prompt has {int(mask.sum())} visual tokens, the encoder returned {len(flat)}.")
+            raise ValueError(mismatch(kind, int(mask.sum()), len(flat)))
         embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), flat)
         parts.append((mask, features))
     if not parts or not parts[0][1].deepstack:

@@ -1,7 +1,8 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,24 +11,28 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapters_qzoom import remove_row_adapters
 from .backbones_qzoom import spec_for_config
 from .branches_qzoom import ZoomBranches
+from .checkpoint_names_qzoom import with_own_names
 from .configuration_qzoom import QZoomConfig
 from .decisions_qzoom import plain_reports
+from .forward_checks_qzoom import check_combination, check_names, check_training_call
 from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
 from .layers_qzoom import CACHE, check_decoder, given_cache
 from .loading_qzoom import QZoomLoadingMixin
 from .options_qzoom import resolve_options, resolve_reports
 from .planning_qzoom import plan_zoom
-from .supervision_qzoom import branch_pass, check_training_call, fused_language_pass
+from .supervision_qzoom import branch_pass, fused_language_pass, with_unused
 
 
-@dataclass
+@dataclass(init=False)
 class QZoomOutput(CausalLMOutputWithPast):
     """What `forward` returns: the parent's fields, of which transformers chooses the cache's name, and the branches'.
+
+    Whatever else the VLM returns (`image_outputs`, `video_outputs`, …) stands beside them under its own name.
 
     Args:
         loss (`torch.FloatTensor`, *optional*): language loss, or region loss + gate loss.
@@ -46,6 +51,18 @@ class QZoomOutput(CausalLMOutputWithPast):
     gate_loss: torch.FloatTensor | None = None
     region_logits: list[list[torch.FloatTensor]] | None = None
     gate_logits: torch.FloatTensor | None = None
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        # a keyword for every name, because DistributedDataParallel takes an output apart and builds it again
+        parents = {"past_key_values", *(field.name for field in fields(CausalLMOutputWithPast))}
+        super().__init__(*args, **{name: value for name, value in values.items() if name in parents})
+        for name, value in values.items():
+            if name not in parents and value is not None:
+                self[name] = value
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None, with the encoders' outputs as tuples too, as the VLM returns them."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class QZoomPreTrainedModel(PreTrainedModel):
@@ -96,8 +113,24 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     def get_decoder(self) -> PreTrainedModel:
         return self.vlm.get_decoder()
 
+    @can_return_tuple
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self.vlm.get_image_features(*args, **kwargs)
+        return self.vlm.get_image_features(*args, return_dict=True, **kwargs)
+
+    # a property, so that a model whose VLM knows no videos does not have it either
+    @property
+    def get_video_features(self) -> Callable[..., Any]:
+        encode = self.vlm.get_video_features
+
+        @can_return_tuple
+        def get_video_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return encode(*args, return_dict=True, **kwargs)
+
+        return MethodType(get_video_features, self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module; names as `save_pretrained` writes them are understood too, which Trainer relies on."""
+        return super().load_state_dict(with_own_names(self, state_dict), strict=strict, assign=assign)
 
     def _supports_logits_to_keep(self) -> bool:
         return self.vlm._supports_logits_to_keep()
@@ -134,10 +167,16 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     ) -> QZoomOutput:
         """One pass: plain, over a branch, or over the fused sequence.
 
-        - Without targets or labels it is the VLM's own forward, bit for bit; sources are ignored.
+        - Without targets or labels it is the VLM's own forward, bit for bit. Sources are ignored, so that whatever a
+          processor returned can be passed; a loss that is computed outside, from logits alone, is one of the coarse
+          view.
         - With `region_targets` or `gate_targets` the branches run on the coarse view and the layers above K do not.
+          Sources are ignored here too.
         - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
           inserted positions are -100; the box carries no gradient.
+
+        Weights that a pass leaves out (branches with labels, layers above K with targets) get no gradient from it.
+        Under DistributedDataParallel it is zero, so a weight decay shrinks them there: freeze what is not trained.
 
         Args:
             input_ids, attention_mask: (B, N); padded on either side in training passes.
@@ -158,8 +197,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 plain row. Left out, the region branch proposes the boxes.
 
         Raises:
-            ValueError: targets together with labels, or inputs that do not fit each other.
+            ValueError: targets together with labels, an argument that this pass would not obey, a misspelt name of
+                ours, or inputs that do not fit each other.
         """
+        check_names(kwargs)
+        check_combination(labels, region_targets, gate_targets, query_positions, zoom_boxes)
         cache = given_cache(past_key_values, cache)
         vision = {
             "pixel_values": pixel_values,
@@ -171,21 +213,16 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "second_per_grid_ts": second_per_grid_ts,
         }
         vision = {name: value for name, value in vision.items() if value is not None}
-        if region_targets is not None or gate_targets is not None:
-            if labels is not None:
-                raise ValueError(
-                    "labels and branch targets belong to different training stages; pass either labels, or "
-                    "region_targets and gate_targets."
-                )
-            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, kwargs)
-            result = branch_pass(self, ids, attention_mask, vision, region_targets, gate_targets, query_positions)
-            return QZoomOutput(**result)
-        if labels is not None and (source_images is not None or zoom_boxes is not None):
-            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, kwargs)
-            loss, logits = fused_language_pass(
-                self, ids, attention_mask, vision, labels, source_images, source_boxes, zoom_boxes, **kwargs
-            )
-            return QZoomOutput(loss=loss, logits=logits)
+        has_targets = region_targets is not None or gate_targets is not None
+        if has_targets or (labels is not None and (source_images is not None or zoom_boxes is not None)):
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
+            if labels is None:
+                targets = region_targets, gate_targets, query_positions
+                return QZoomOutput(**branch_pass(self, ids, attention_mask, vision, *targets))
+            sources = source_images, source_boxes, zoom_boxes
+            items = kwargs.get("num_items_in_batch")
+            loss, logits = fused_language_pass(self, ids, attention_mask, vision, labels, *sources, items)
+            return self._with_branches(QZoomOutput(loss=loss, logits=logits))
         offset = None
         if position_ids is None and input_ids is not None:
             position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
@@ -204,8 +241,18 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         )
         if offset is not None and outputs.get(CACHE) is not None:
             setattr(outputs[CACHE], POSITION_OFFSET, offset)
-        shared = ("loss", "logits", CACHE, "hidden_states", "attentions")
-        return QZoomOutput(**{name: outputs.get(name) for name in shared})
+        values = dict(outputs)
+        if "rope_deltas" in {field.name for field in fields(outputs)}:
+            # before 5.24 an output of the VLM, which reads it from itself, where another call may have left it
+            values["rope_deltas"] = getattr(outputs.get(CACHE), POSITION_OFFSET, offset)
+        return self._with_branches(QZoomOutput(**values))
+
+    def _with_branches(self, output: QZoomOutput) -> QZoomOutput:
+        """The result of a pass that runs no branch, for wrappers that wait for every trainable weight."""
+        for name in ("loss", "logits"):
+            if output.get(name) is not None:
+                output[name] = with_unused(output[name], self.zoom.parameters())
+        return output
 
     def generate(
         self,

@@ -1,13 +1,12 @@
 """Training passes behind `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import (
@@ -21,7 +20,7 @@ from .backbones_qzoom import (
     spec_for_config,
 )
 from .crops_qzoom import CropError, crop_region, crop_token_grid
-from .decisions_qzoom import CoarseView, Crop, decide, gate_logits, region_maps
+from .decisions_qzoom import CoarseView, Crop, branch_inputs, decide, gate_logits, region_maps
 from .fused_pass_qzoom import encode_crops, fused_deepstack, fused_embeds, plan_rows
 from .fusion_qzoom import ImageSpan, image_spans, pad_left, plain_row, stack_positions
 from .inputs_qzoom import check_ids, check_prompt
@@ -32,6 +31,35 @@ from .requests_qzoom import ZoomRequest, collect_grid_boxes, collect_sources, cr
 
 
 IGNORED = -100
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Hands a tensor on unchanged; on the way back, the other inputs learn that there is no gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *others: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # a view instead would forbid in-place changes, which Trainer makes
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def with_unused(output: Tensor | None, unused: Iterable[Tensor]) -> Tensor | None:
+    """Makes what a pass did not use a part of its graph.
+
+    DistributedDataParallel waits until it has heard of every trainable weight. Those that are named here are heard of
+    in every backward pass. No value changes, and where nobody waits their gradients stay None.
+
+    Args:
+        output: a loss or logits, whose values are not needed by the backward pass of anything computed so far.
+        unused: weights, or tensors computed from them, that `output` does not depend on.
+    """
+    trainable = [tensor for tensor in unused if tensor.requires_grad]
+    if output is None or not output.requires_grad or not torch.is_grad_enabled() or not trainable:
+        return output
+    return _WithoutGradient.apply(output, *trainable)
 
 
 def coarse_view(
@@ -89,34 +117,6 @@ def _last_valid(valid: Tensor) -> Tensor:
     return (valid * columns).argmax(dim=1, keepdim=True)
 
 
-def check_training_call(
-    input_ids: Tensor | None,
-    position_ids: Tensor | None,
-    past_key_values: Cache | None,
-    inputs_embeds: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Refuses what a training pass would drop without a word.
-
-    Returns:
-        The ids.
-
-    Raises:
-        ValueError: names the arguments, or says that there are no ids.
-    """
-    given = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-    refused = [name for name, value in given.items() if value is not None]
-    refused += [name for name in kwargs if name != "num_items_in_batch"]  # Trainer's own
-    if refused:
-        raise ValueError(
-            f"a pass with region_targets, gate_targets or fused labels does not take {sorted(refused)}: it makes "
-            "positions and embeddings itself. Check for a misspelt argument."
-        )
-    if input_ids is None:
-        raise ValueError("a pass with region_targets, gate_targets or fused labels needs input_ids.")
-    return input_ids
-
-
 def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none.
 
@@ -131,6 +131,12 @@ def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
 
 
+def _as_numbers(targets: Any) -> Tensor:
+    """Targets as a tensor that can hold -100, which one of booleans cannot."""
+    targets = torch.as_tensor(targets)
+    return targets.long() if targets.dtype == torch.bool else targets
+
+
 def _region_targets_by_image(targets: Any, row: int, spans: list[ImageSpan]) -> list[Tensor]:
     """One (Q, h, w) map per image of a row."""
     maps = list(targets) if isinstance(targets, (list, tuple)) else [targets]
@@ -138,7 +144,7 @@ def _region_targets_by_image(targets: Any, row: int, spans: list[ImageSpan]) -> 
         raise ValueError(
             f"region_targets: row {row} has {len(maps)} maps and {len(spans)} images; give a (Q, h, w) map per image."
         )
-    maps = [torch.as_tensor(part) for part in maps]
+    maps = [_as_numbers(part) for part in maps]
     return [part[None] if part.ndim == 2 else part for part in maps]
 
 
@@ -183,7 +189,7 @@ def branch_pass(
     if gate_targets is not None:
         if model.zoom.gate is None:
             raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
-        gate_targets = torch.as_tensor(gate_targets)
+        gate_targets = _as_numbers(gate_targets)
         if gate_targets.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
@@ -211,11 +217,30 @@ def branch_pass(
                     targets_by_row[row] = [_ignore_queries(part, hidden) for part in targets_by_row[row]]
             result["region_loss"] = region_loss(maps_by_row, targets_by_row)
         else:
-            # zero with a gradient, also below a frozen backbone
-            result["region_loss"] = sum(weight.sum() for weight in model.zoom.region.parameters()) * 0.0
+            # the branch runs all the same: other processes, whose rows have targets, wait for this one
+            hidden_states, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, [0])
+            query = queries[:1, :1].to(hidden_states.device)
+            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query)
+            result["region_loss"] = scores.sum() * 0.0
         result["region_logits"] = maps_by_row
-    result["loss"] = sum(result[name] for name in ("region_loss", "gate_loss") if name in result)
+    losses = [name for name in ("region_loss", "gate_loss") if name in result]
+    unused = _unused_by_branches(model, view, has_region=region_targets is not None, has_gate=gate_targets is not None)
+    for name in losses:
+        result[name] = with_unused(result[name], unused)
+    result["loss"] = sum(result[name] for name in losses)
     return result
+
+
+def _unused_by_branches(model: PreTrainedModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
+    """What a branch pass leaves out: all above layer K, and a branch without targets."""
+    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
+    branches = [] if has_region else [model.zoom.region]
+    if model.zoom.gate is not None and not has_gate:
+        branches.append(model.zoom.gate)
+    parts = [*decoder.layers[layer_k:], decoder.norm, model.get_output_embeddings(), *branches]
+    tied = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    weights = [weight for part in parts for weight in part.parameters() if id(weight) not in tied]
+    return weights if view.deepstack is None else [*weights, *view.deepstack.levels[layer_k:]]
 
 
 def _check_queries(query_positions: Tensor, input_ids: Tensor) -> None:
@@ -251,6 +276,8 @@ def _given_crops(
             raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
         span = request.spans[row][image]
         source = request.sources[span.index]
+        if len(corners) != 4:
+            raise ValueError(f"zoom_boxes: row {row} holds {entry!r}; a box has four numbers (x0, y0, x1, y1).")
         x0, y0, x1, y1 = (int(value) for value in corners)
         box: Box = (x0, y0, x1, y1)
         height, width = source.shape[1:]
@@ -287,7 +314,7 @@ def fused_language_pass(
     source_images: Any,
     source_boxes: Any,
     zoom_boxes: Sequence[Any] | None,
-    **kwargs: Any,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Language loss and (B, F, vocabulary) logits over fused, left-padded sequences; arguments as in `forward`."""
     decoder = model.vlm.get_decoder()
@@ -336,5 +363,7 @@ def fused_language_pass(
     )
     logits = model.get_output_embeddings()(decoder.norm(hidden))
     vocabulary = model.config.get_text_config().vocab_size
-    loss = model.vlm.loss_function(logits=logits, labels=fused_labels, vocab_size=vocabulary, **kwargs)
+    loss = model.vlm.loss_function(
+        logits=logits, labels=fused_labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
+    )
     return loss, logits
