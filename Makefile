@@ -50,7 +50,7 @@ test: $(VENV)/.dev
 
 # torch, transformers and pillow alone, which several tests of the slow tier share
 $(CLEAN)/.ready: $(VENV)/.dev
-	$(call timed,$(BIN)/python -c "from hub_release.clean_env import make_environment as make; make('$(CLEAN)')")
+	$(call timed,$(BIN)/python -c "from hub_release.checks.clean_environment import make_environment as make; make('$(CLEAN)')")
 	@touch $@
 
 # clean environments, every block of the README, killed and restarted runs, two processes
@@ -84,7 +84,7 @@ figures: $(VENV)/.stages
 
 # the tables of the README about real sizes, from shapes alone
 tables: $(VENV)/.dev
-	$(call timed,$(BIN)/python hub_release/memory_table.py && $(BIN)/python hub_release/cost_table.py)
+	$(call timed,$(BIN)/python hub_release/measure/memory.py && $(BIN)/python hub_release/measure/cost.py)
 
 # the demo as a Hub repository, proven in a clean environment
 release: $(VENV)/.core
@@ -93,11 +93,11 @@ release: $(VENV)/.core
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.stages
-	$(call timed,$(BIN)/python hub_release/train_demo.py)
+	$(call timed,$(BIN)/python hub_release/demo/recipe.py)
 
 # after train-demo, on its stages
 ablations: $(VENV)/.stages
-	$(call timed,$(BIN)/python hub_release/ablate_demo.py)
+	$(call timed,$(BIN)/python hub_release/demo/ablations.py)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(CLEAN) build dist out .pytest_cache .ruff_cache .mypy_cache

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hub_release.build import build  # noqa: E402
-from modeling_qzoom.sources_qzoom import ImageSlot, load_rgb  # noqa: E402
+from modeling_qzoom.processing_images_qzoom import ImageSlot, load_rgb  # noqa: E402
 
 
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"

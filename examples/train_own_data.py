@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import OUT, arguments, file, positive
 
-from modeling_qzoom.evaluation.synthetic import ask_question, draw_page
+from modeling_qzoom.data.drawn.questions import ask_question, draw_page
 from modeling_qzoom.training.__main__ import main as run_stage
 
 

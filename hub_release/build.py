@@ -21,8 +21,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hub_release.card import Card, read_card, read_facts, render  # noqa: E402
-from hub_release.repository import (  # noqa: E402
+from hub_release.card.card import Card, read_card, read_facts, render  # noqa: E402
+from hub_release.repository.code import published_files  # noqa: E402
+from hub_release.repository.errors import BuildError  # noqa: E402
+from hub_release.repository.files import (  # noqa: E402
     AUTO_MAPS,
     BASE_LICENCE,
     EVALUATION,
@@ -31,15 +33,13 @@ from hub_release.repository import (  # noqa: E402
     ROOT,
     VERSION_FIELD,
     WEIGHT_FILES,
-    BuildError,
     files_of,
     is_data,
     is_licence,
     package_version,
-    published_files,
     read_json,
-    stored_tensors,
 )
+from hub_release.repository.tensors import stored_tensors  # noqa: E402
 
 
 VARIANTS = ("full", "addon", "4bit")
@@ -195,7 +195,7 @@ def build(
         built = scratch / "built"
         built.mkdir()
         if rewrites or tokenizer is not None:
-            from hub_release.variants import write_processor, write_variant
+            from hub_release.repository.variants import write_processor, write_variant
 
             made = scratch / "made"
             made.mkdir()

@@ -7,9 +7,7 @@ layers above the branch, the final norm, `lm_head`, the vision tower, tokenizer 
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from official_format import (  # noqa: E402
+from hub_release.official.format import (
     ConversionError,
     branch_name,
-    image_settings,
     is_unused,
     official_name,
     qzoom_config,
     read_json,
     vlm_name,
 )
+from hub_release.repository.processor import TOKENIZER_FILES, build_processor, copy_matching
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom.backbones_qzoom import spec_for_config
+from modeling_qzoom.loading_weight_files_qzoom import check_weight_files
 
-from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
-from modeling_qzoom.backbones_qzoom import spec_for_config  # noqa: E402
-from modeling_qzoom.weight_files_qzoom import check_weight_files  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_STEP = 64
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-)
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
@@ -123,27 +111,6 @@ def fit_vocabulary(weights: dict[str, Any], config: QZoomConfig) -> None:
         if size < rows:
             weights[name] = _pad_rows(weights[name][...], rows)
     config.get_text_config().vocab_size = rows
-
-
-def _copy(folder: Path, patterns: tuple[str, ...], target: Path) -> list[str]:
-    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    for file in files:
-        shutil.copy(file, target / file.name)
-    return [file.name for file in files]
-
-
-def build_processor(folder: Path, config: QZoomConfig) -> QZoomProcessor | None:
-    """The folder's tokenizer and image processor as one; None where one of them is missing."""
-    square = spec_for_config(config.vlm_config).square_crop
-    if not image_settings(folder) or (square and "patch_size" not in read_json(folder, "processor_config.json")):
-        return None
-    with tempfile.TemporaryDirectory() as plain:
-        # the folder as a plain VLM of transformers would have it
-        if not _copy(folder, _TOKENIZER_FILES, Path(plain)):
-            return None
-        _copy(folder, _PROCESSOR_FILES, Path(plain))
-        config.vlm_config.save_pretrained(plain)
-        return QZoomProcessor.from_backbone(plain, min_tokens=config.min_tokens, max_tokens=config.max_tokens)
 
 
 def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration:
@@ -222,7 +189,7 @@ def convert(source: Path, output: Path, base: Path | None = None) -> QZoomForCon
     if processor is not None:
         processor.save_pretrained(output)
     else:
-        _copy(source, _TOKENIZER_FILES, output)
+        copy_matching(source, TOKENIZER_FILES, output)
     return model
 
 

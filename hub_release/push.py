@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # 
 from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from hub_release.card import rename  # noqa: E402
-from hub_release.repository import files_of, is_repository  # noqa: E402
+from hub_release.card.card import rename  # noqa: E402
+from hub_release.repository.files import files_of, is_repository  # noqa: E402
 from hub_release.verify import add_environment_options, environment_options, verify  # noqa: E402
 
 

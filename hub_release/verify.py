@@ -20,17 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 from transformers.utils import logging  # noqa: E402
 
-from hub_release.clean_env import PACKAGES, disagreements, make_environment, probe  # noqa: E402
-from hub_release.folder_checks import check_folder  # noqa: E402
-from hub_release.repository import (  # noqa: E402
-    AUTO_MAPS,
-    PACKAGE,
-    BuildError,
-    code_files,
-    read_json,
-    stored_tensors,
-    variant_of,
-)
+from hub_release.checks.clean_environment import PACKAGES, disagreements, make_environment, probe  # noqa: E402
+from hub_release.checks.folder import check_folder  # noqa: E402
+from hub_release.repository.code import code_files  # noqa: E402
+from hub_release.repository.errors import BuildError  # noqa: E402
+from hub_release.repository.files import AUTO_MAPS, PACKAGE, read_json  # noqa: E402
+from hub_release.repository.tensors import stored_tensors, variant_of  # noqa: E402
 
 
 PAGE = ROOT / "examples" / "assets" / "page.png"

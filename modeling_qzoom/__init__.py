@@ -11,8 +11,8 @@ from transformers import (
 from .configuration_qzoom import QZoomConfig
 from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
-from .reports_qzoom import ZoomReport
-from .visualization_qzoom import overlay
+from .report_drawing_qzoom import overlay
+from .report_qzoom import ZoomReport
 
 
 __version__ = "0.1.0"

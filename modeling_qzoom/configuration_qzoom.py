@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import spec_for_config, spec_for_model_type
-from .options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
+from .zoom_options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
 
 
 # what the VLM's configuration says and this one only repeats

@@ -4,7 +4,6 @@
 lengths) is untouched, because only mask, positions and cache grow by the crop.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,28 +13,20 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .adapters_qzoom import run_rows
-from .backbones_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions, spec_for_config
-from .decisions_qzoom import CoarseView, decide
-from .fused_pass_qzoom import fused_prefill
-from .fusion_qzoom import pad_left, stack_positions
-from .layers_qzoom import (
-    CACHE,
-    causal_mask,
-    embed_prompt,
-    is_dynamic,
-    layer_states,
-    rotary,
-    run_layers,
-    set_layer_states,
-)
-from .refusals_qzoom import check_padding, mark_zoomed, refuse_batched_images
-from .requests_qzoom import ZoomRequest
+from .backbone_adapters_qzoom import run_rows
+from .backbone_cache_qzoom import CACHE, POSITION_OFFSET, is_dynamic, layer_states, mark_zoomed, set_layer_states
+from .backbone_layers_qzoom import causal_mask, rotary, run_layers
+from .backbones_qzoom import spec_for_config
+from .generation_refusals_qzoom import check_padding, refuse_batched_images
+from .prompt_qzoom import POSITION_INPUTS, as_visual_features, embed_prompt, prompt_positions
+from .rows_qzoom import pad_left, select_rows, stack_positions
+from .zoom_coarse_qzoom import CoarseView
+from .zoom_decisions_qzoom import decide
+from .zoom_request_qzoom import ZoomRequest
+from .zoom_second_pass_qzoom import fused_prefill
 
 
 REQUEST = "zoom_request"
-# (B, 1) on a cache: how far the M-RoPE positions run ahead of the number of tokens
-POSITION_OFFSET = "qzoom_position_offset"
 
 
 @dataclass
@@ -55,13 +46,6 @@ class PrefillPart:
     cache: DynamicCache
     positions: Tensor
     mask: Tensor
-
-
-def select_rows(tensor: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
-    """`tensor` at `rows` along `dim`; itself when the rows are all of them."""
-    if list(rows) == list(range(tensor.shape[dim])):
-        return tensor
-    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
 
 
 def _batch_dim(positions: Tensor) -> int:

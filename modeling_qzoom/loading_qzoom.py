@@ -12,16 +12,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
-from .addons_qzoom import (
-    has_unmerged_lora,
-    holds_only_branches,
-    load_lora,
-    with_base_files,
-    write_addon,
-)
 from .backbones_qzoom import spec_for_config, spec_for_model_type
-from .branches_qzoom import ZoomBranches
-from .checkpoint_checks_qzoom import (
+from .configuration_qzoom import QZoomConfig
+from .loading_addons_qzoom import has_unmerged_lora, holds_only_branches, load_lora, with_base_files, write_addon
+from .loading_checks_qzoom import (
     check_is_qzoom,
     check_loading_info,
     check_vlm_complete,
@@ -29,9 +23,8 @@ from .checkpoint_checks_qzoom import (
     damage_keywords,
     hub_keywords,
 )
-from .configuration_qzoom import QZoomConfig
-from .fingerprints_qzoom import comparing_weights
-from .quantization_qzoom import (
+from .loading_fingerprints_qzoom import comparing_weights
+from .loading_quantized_qzoom import (
     UNQUANTIZED,
     adopt_placement,
     adopt_quantizer,
@@ -42,8 +35,9 @@ from .quantization_qzoom import (
     protect_from_quantization,
     restore_storage_format,
 )
+from .loading_weight_files_qzoom import check_weight_files, damage_named
 from .saving_qzoom import FULL, check_target, staged
-from .weight_files_qzoom import check_weight_files, damage_named
+from .zoom_branches_qzoom import ZoomBranches
 
 
 # at runtime the methods below reach transformers' through the class that they are mixed into

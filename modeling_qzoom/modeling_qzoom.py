@@ -13,19 +13,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .adapters_qzoom import remove_row_adapters
+from .backbone_adapters_qzoom import remove_row_adapters
+from .backbone_cache_qzoom import CACHE, POSITION_OFFSET, given_cache
+from .backbone_layers_qzoom import check_decoder
 from .backbones_qzoom import spec_for_config
-from .branches_qzoom import ZoomBranches
-from .checkpoint_names_qzoom import with_own_names
 from .configuration_qzoom import QZoomConfig
-from .decisions_qzoom import plain_reports
-from .forward_checks_qzoom import check_combination, check_names, check_training_call
-from .generation_qzoom import POSITION_OFFSET, REQUEST, QZoomGenerationMixin
-from .layers_qzoom import CACHE, check_decoder, given_cache
+from .generation_qzoom import REQUEST, QZoomGenerationMixin
+from .loading_names_qzoom import with_own_names
 from .loading_qzoom import QZoomLoadingMixin
-from .options_qzoom import resolve_options, resolve_reports
-from .planning_qzoom import plan_zoom
-from .supervision_qzoom import branch_pass, fused_language_pass, with_unused
+from .training_checks_qzoom import check_combination, check_names, check_training_call
+from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
+from .zoom_branches_qzoom import ZoomBranches
+from .zoom_decisions_qzoom import plain_reports
+from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_plan_qzoom import plan_zoom
 
 
 @dataclass(init=False)

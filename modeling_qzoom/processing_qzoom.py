@@ -19,22 +19,8 @@ from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from .backbones_qzoom import spec_for_model_type
-from .budgets_qzoom import token_side
-from .coarse_settings_qzoom import check_image_keywords, check_image_processor, fixed_view, setting
-from .guarded_tokenizer_qzoom import TOKENIZING, guarded
-from .keywords_qzoom import (
-    accepted_keywords,
-    backbone_keywords,
-    check_keywords,
-    default_tensors,
-    option,
-    split_template_keywords,
-)
-from .processor_budget_qzoom import ProcessorBudgetMixin
-from .processor_loading_qzoom import ProcessorLoadingMixin
-from .prompts_qzoom import refuse_empty_rows, refuse_touching_images
-from .source_images_qzoom import SourceImages
-from .sources_qzoom import (
+from .processing_budget_qzoom import ProcessorBudgetMixin
+from .processing_images_qzoom import (
     check_views,
     covered_rectangle,
     images_by_row,
@@ -43,6 +29,20 @@ from .sources_qzoom import (
     place_images,
     source_tensor,
 )
+from .processing_keywords_qzoom import (
+    accepted_keywords,
+    backbone_keywords,
+    check_keywords,
+    default_tensors,
+    option,
+    split_template_keywords,
+)
+from .processing_loading_qzoom import ProcessorLoadingMixin
+from .processing_prompts_qzoom import refuse_empty_rows, refuse_touching_images
+from .processing_settings_qzoom import check_image_keywords, check_image_processor, fixed_view, setting
+from .processing_sizes_qzoom import token_side
+from .processing_tokenizer_qzoom import TOKENIZING, guarded
+from .source_images_qzoom import SourceImages
 
 
 _MAX_ASPECT_RATIO = 200  # of the resize of Qwen's image processors

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .weight_files_qzoom import tensor_names
+from .loading_weight_files_qzoom import tensor_names
 
 
 FULL, ADDON, ADAPTER = "a full Q-Zoom checkpoint", "a Q-Zoom add-on", "a LoRA adapter"

@@ -7,10 +7,9 @@ from unittest.mock import patch
 
 import torch
 
-from modeling_qzoom import QZoomForConditionalGeneration, decisions_qzoom
-from modeling_qzoom.regions_qzoom import foreground_box
-
-from .tiny import Row, make_inputs, plain_inputs, tiny_model
+from modeling_qzoom import QZoomForConditionalGeneration, zoom_decisions_qzoom
+from modeling_qzoom.zoom_regions_qzoom import foreground_box
+from tests.tiny import Row, make_inputs, plain_inputs, tiny_model
 
 
 @functools.cache
@@ -56,14 +55,14 @@ def no_zoom(**options) -> dict:
 @contextmanager
 def record_crops() -> Iterator[list[torch.Tensor]]:
     """Pixel values of the crops made inside the block."""
-    crops, original = [], decisions_qzoom.crop_region
+    crops, original = [], zoom_decisions_qzoom.crop_region
 
     def crop_region(source, box, recipe):
         pixel_values, grid = original(source, box, recipe)
         crops.append(pixel_values)
         return pixel_values, grid
 
-    with patch.object(decisions_qzoom, "crop_region", crop_region):
+    with patch.object(zoom_decisions_qzoom, "crop_region", crop_region):
         yield crops
 
 

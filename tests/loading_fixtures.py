@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling_qzoom import QZoomForConditionalGeneration, ZoomReport
-
-from .tiny import Row, make_inputs, tiny_vlm
+from tests.tiny import Row, make_inputs, tiny_vlm
 
 
 ZOOM_CONFIG = {

@@ -5,8 +5,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 
 from modeling_qzoom import QZoomProcessor
-
-from .tiny import llava_tokenizer, qwen_tokenizer
+from tests.tiny import llava_tokenizer, qwen_tokenizer
 
 
 LLAVA_ARGUMENTS = {

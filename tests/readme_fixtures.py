@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor
 
-from .processing_fixtures import LLAVA_ARGUMENTS
-from .tiny import llava_tokenizer, qwen_tokenizer, tiny_vlm
+from tests.processing_fixtures import LLAVA_ARGUMENTS
+from tests.tiny import llava_tokenizer, qwen_tokenizer, tiny_vlm
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,18 +13,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hub_release.build import build
-from hub_release.clean_env import make_environment
-
-from .golden import load_case
-from .loading_fixtures import ZOOM_CONFIG, attach
-from .processing_fixtures import PROCESSORS
-from .tiny import QWEN_SPECIALS, qwen_tokenizer, tiny_vlm
+from hub_release.checks.clean_environment import make_environment
+from tests.golden import load_case
+from tests.loading_fixtures import ZOOM_CONFIG, attach
+from tests.processing_fixtures import PROCESSORS
+from tests.tiny import QWEN_SPECIALS, qwen_tokenizer, tiny_vlm
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "hub_release"))
 
-from convert_official import convert  # noqa: E402
+from hub_release.convert_official import convert  # noqa: E402
 
 
 DEMO = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"

@@ -20,12 +20,13 @@ import torch
 import transformers
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..options_qzoom import OPTION_NAMES
-from ..training.files import check_output_file, damage_named
+from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS
+from ..asking.budgets import coarse_budget
+from ..data.drawn.pages import SPLITS
+from ..data.files import check_output_file, damage_named
+from ..zoom_options_qzoom import OPTION_NAMES
 from .arms import ArmRunner
-from .asking import BATCH_SIZE, MAX_NEW_TOKENS, coarse_budget
 from .benchmark import measure_drawn, measure_file
-from .pages import SPLITS
 from .pareto import check_picture, draw_pareto
 
 
@@ -206,8 +207,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if is_drawn:
         result = measure_drawn(runner, arguments.split or SPLIT, seed, rows, arguments.page_kinds)
     else:
-        from ..training.data import load_rows
-        from ..training.stage_configs import DataConfig
+        from ..data.config import DataConfig
+        from ..data.readers import load_rows
 
         images = None if arguments.images is None else str(arguments.images)
         loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=seed))

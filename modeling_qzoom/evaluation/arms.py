@@ -14,22 +14,13 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
+from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answer, answer_batch, in_batches, prepare
+from ..asking.budgets import Budget, coarse_budget, plain_budget
+from ..asking.cost import PrefillCost
+from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
 from ..backbones_qzoom import spec_for_config
-from ..options_qzoom import ZoomOptions, resolve_options
-from .asking import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    Answer,
-    Budget,
-    answer_batch,
-    coarse_budget,
-    in_batches,
-    plain_budget,
-    prepare,
-)
-from .cost import PrefillCost
+from ..zoom_options_qzoom import ZoomOptions, resolve_options
 from .figures import Outcome, Record
-from .metrics import Box, Truth, anls, exact_match, relaxed_match
 
 
 LARGE = 8

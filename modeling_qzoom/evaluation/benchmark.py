@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
+from ..data.drawn.questions import PAGE_KINDS, Row, draw_rows
 from .arms import ArmRunner, Item
 from .figures import Figures, Record, add_costs, beside_summary, exact, ladder_point, pick, score_table, summarize
-from .metrics import Interval
-from .synthetic import PAGE_KINDS, Row, draw_rows
+from .statistics import Interval
 
 
 SUMMARY_NAMES = (

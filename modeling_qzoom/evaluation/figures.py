@@ -6,16 +6,8 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
-from .metrics import (
-    Box,
-    Interval,
-    area_share,
-    auroc,
-    bootstrap_auroc,
-    bootstrap_difference,
-    bootstrap_mean,
-    covered_share,
-)
+from ..asking.metrics import Box, area_share, auroc, covered_share
+from .statistics import Interval, bootstrap_auroc, bootstrap_difference, bootstrap_mean
 
 
 COVERED = 0.9

@@ -5,7 +5,7 @@ import importlib
 import logging
 import sys
 
-from .config import load_config
+from .common.config_files import load_config
 from .stages import STAGES
 
 

@@ -2,16 +2,10 @@
 
 from dataclasses import dataclass
 
-from .stage_configs import (
-    CalibrateConfig,
-    FindHeadsConfig,
-    LabelGatesConfig,
-    LabelRegionsConfig,
-    MineFusionConfig,
-    TrainFusionConfig,
-    TrainGateConfig,
-    TrainRegionsConfig,
-)
+from .calibration.config import CalibrateConfig
+from .fusion.config import MineFusionConfig, TrainFusionConfig
+from .gate.config import LabelGatesConfig, TrainGateConfig
+from .regions.config import FindHeadsConfig, LabelRegionsConfig, TrainRegionsConfig
 
 
 @dataclass(frozen=True)
@@ -30,14 +24,16 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "find-heads": Stage(FindHeadsConfig, "find_heads", "which attention heads look at what a question asks about"),
-    "label-regions": Stage(
-        LabelRegionsConfig, "label_regions", "stage 1 data: where the model looks while it answers"
+    "find-heads": Stage(
+        FindHeadsConfig, "regions.find_heads", "which attention heads look at what a question asks about"
     ),
-    "train-regions": Stage(TrainRegionsConfig, "train_regions", "stage 1, and 2.5 as a re-fit: the region branch"),
-    "mine-fusion": Stage(MineFusionConfig, "mine_fusion", "stage 2 data: plain model right, zoomed one wrong"),
-    "train-fusion": Stage(TrainFusionConfig, "train_fusion", "stage 2: the decoder answers from both views"),
-    "label-gates": Stage(LabelGatesConfig, "label_gates", "stage 3 data: answers on a ladder of resolutions"),
-    "train-gate": Stage(TrainGateConfig, "train_gate", "stage 3: the gate"),
-    "calibrate": Stage(CalibrateConfig, "calibrate", "thresholds and presets from held-out rows"),
+    "label-regions": Stage(
+        LabelRegionsConfig, "regions.label", "stage 1 data: where the model looks while it answers"
+    ),
+    "train-regions": Stage(TrainRegionsConfig, "regions.train", "stage 1, and 2.5 as a re-fit: the region branch"),
+    "mine-fusion": Stage(MineFusionConfig, "fusion.mine", "stage 2 data: plain model right, zoomed one wrong"),
+    "train-fusion": Stage(TrainFusionConfig, "fusion.train", "stage 2: the decoder answers from both views"),
+    "label-gates": Stage(LabelGatesConfig, "gate.label", "stage 3 data: answers on a ladder of resolutions"),
+    "train-gate": Stage(TrainGateConfig, "gate.train", "stage 3: the gate"),
+    "calibrate": Stage(CalibrateConfig, "calibration.calibrate", "thresholds and presets from held-out rows"),
 }

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from modeling_qzoom.asking.answers import Answer, ask
+from modeling_qzoom.asking.budgets import coarse_budget, plain_budget
+from modeling_qzoom.data.drawn.questions import draw_rows
 from modeling_qzoom.evaluation.__main__ import main
 from modeling_qzoom.evaluation.arms import ArmRunner, Item, derive_auto
-from modeling_qzoom.evaluation.asking import Answer, ask, coarse_budget, plain_budget
 from modeling_qzoom.evaluation.benchmark import SUMMARY_NAMES, drawn_items, measure_drawn, measure_file
 from modeling_qzoom.evaluation.figures import Outcome, Record, ladder_point, summarize
 from modeling_qzoom.evaluation.pareto import draw_pareto
-from modeling_qzoom.evaluation.synthetic import draw_rows
-
-from ..generation_fixtures import shared_model
-from ..processing_fixtures import llava_processor, noise, qwen_processor
-from ..tiny import tiny_model
+from tests.generation_fixtures import shared_model
+from tests.processing_fixtures import llava_processor, noise, qwen_processor
+from tests.tiny import tiny_model
 
 
 PEAK = {"region_threshold": 0.9, "region_threshold_mode": "peak"}

@@ -9,10 +9,9 @@ import pytest
 from modeling_qzoom.evaluation.__main__ import main
 from modeling_qzoom.evaluation.arms import ArmRunner
 from modeling_qzoom.evaluation.benchmark import measure_file
-
-from ..generation_fixtures import shared_model
-from ..processing_fixtures import noise, qwen_processor
-from ..tiny import tiny_model
+from tests.generation_fixtures import shared_model
+from tests.processing_fixtures import noise, qwen_processor
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_qzoom.training.session import backbone_fingerprint, open_session
-from modeling_qzoom.training.shards import Manifest, make_labels
-from modeling_qzoom.training.stage_configs import LabelConfig, ModelConfig
+from modeling_qzoom.asking.config import ModelConfig
+from modeling_qzoom.asking.fingerprints import backbone_fingerprint
+from modeling_qzoom.asking.session import open_session
+from modeling_qzoom.training.common.config import LabelConfig
+from modeling_qzoom.training.common.label_store import Manifest, make_labels
 from tests.processing_fixtures import PROCESSORS, noise
 from tests.tiny import tiny_model
 
@@ -58,8 +60,8 @@ def region_record(row, grid: tuple[int, int] = (3, 4), seed: int = 0) -> dict:
 
 def write_labels(output: Path, stage: str, model: str, data: str, make_record) -> str:
     """Labels of every row, made by `make_record(row, number)`, that belong to a checkpoint."""
-    from modeling_qzoom.training.data import load_rows
-    from modeling_qzoom.training.label_rows import data_settings
+    from modeling_qzoom.data.readers import load_rows
+    from modeling_qzoom.training.common.label_store import data_settings
 
     config = LabelConfig(model=model, data=data, output=str(output))
     rows = load_rows(config)

@@ -1,0 +1,1 @@
+"""The demo checkpoint: from nothing to figures and pictures."""

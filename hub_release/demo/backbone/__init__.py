@@ -1,0 +1,1 @@
+"""The demo's vision-language model, trained from scratch on drawn pages."""

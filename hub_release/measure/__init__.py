@@ -1,0 +1,1 @@
+"""Tables of sizes, cost and speed."""

@@ -1,0 +1,1 @@
+"""A model and rows in, answers out: what training, evaluation and serving share."""

@@ -1,0 +1,1 @@
+"""Rows to ask about: read from files, or drawn."""

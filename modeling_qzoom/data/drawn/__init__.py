@@ -1,0 +1,1 @@
+"""Pages drawn by rule, with questions whose answers are known."""

@@ -1,0 +1,1 @@
+"""Thresholds and presets from held-out rows."""

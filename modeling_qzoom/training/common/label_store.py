@@ -1,0 +1,243 @@
+"""From labels back to the rows they were made from: training reads the images again instead of copying them."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ...data.bad_rows import BadRows
+from ...data.config import DataConfig
+from ...data.files import read_json, write_json
+from ...data.readers import load_rows, read_parquet
+from ...data.rows import Row, Rows
+
+
+logger = logging.getLogger(__name__)
+
+
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """What a labelling stage has among its manifest's settings, so that its rows are found again."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DataConfig)}
+
+
+def labelled_rows(folder: str | Path, stage: str) -> dict[str, Row]:
+    """The rows that a folder of labels was made from, by id.
+
+    Raises:
+        ValueError: The folder holds no finished labels of this stage, or its data is gone or has changed.
+    """
+    manifest = read_manifest(folder, stage)
+    names = [field.name for field in dataclasses.fields(DataConfig)]
+    source = DataConfig(**{name: manifest["settings"][name] for name in names})
+    rows = load_rows(source)
+    if rows.fingerprint != manifest["rows"]:
+        raise ValueError(
+            f"labels={folder} were made from {source.data}, whose rows have changed since; run {stage!r} again into "
+            "another folder, or bring the old data back."
+        )
+    return {row.id: row for row in rows}
+
+
+MANIFEST = "labels.json"
+_REMAKE = "delete this file and run its stage again, which makes no other labels anew"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of labels was made from.
+
+    Args:
+        stage: Name of the stage.
+        backbone: `fingerprint` of the VLM that made them.
+        rows: Fingerprint of the rows.
+        settings: Everything else that the labels depend on.
+    """
+
+    stage: str
+    backbone: str
+    rows: str
+    settings: dict[str, Any]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises:
+    ValueError: The file is damaged.
+    """
+    way_out = "delete its folder to make the labels anew"
+    held = read_json(path, way_out, [field.name for field in fields(Manifest)] + ["shards"])
+    if not isinstance(held["shards"], int) or not isinstance(held["settings"], dict):
+        raise ValueError(f"{path} is no record of labels; {way_out}.")
+    return held
+
+
+def _shard_path(folder: Path, number: int, count: int) -> Path:
+    return folder / f"labels-{number:05}-of-{count:05}.parquet"
+
+
+def write_shard(path: Path, records: list[dict[str, Any]], skipped: list[str]) -> None:
+    """Write a shard; a reader never sees half of it. Skipped rows are kept in the file's metadata."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(records) if records else pyarrow.table({"id": pyarrow.array([], "string")})
+    table = table.replace_schema_metadata({"skipped": json.dumps(skipped)})
+    partial = path.with_suffix(".partial")
+    parquet.write_table(table, partial)
+    partial.replace(path)
+
+
+def _skipped(path: Path) -> list[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_schema(path).metadata or {}
+        return json.loads(metadata.get(b"skipped", b"[]"))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); {_REMAKE}.") from error
+
+
+class ShardStore:
+    """A folder of label shards.
+
+    Args:
+        folder: Where they lie; made if it does not exist.
+        manifest: What they are made from.
+        count: Number of shards.
+
+    Raises:
+        ValueError: The folder holds labels made from something else.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, count: int) -> None:
+        self.folder, self.count = Path(folder), count
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wanted = {**vars(manifest), "shards": count}
+        path = self.folder / MANIFEST
+        if path.exists():
+            held = _read_manifest(path)
+            # through JSON, which turns tuples into lists and keys into text
+            differing = [key for key, value in json.loads(json.dumps(wanted)).items() if held.get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds labels whose {', '.join(differing)} differ from what is asked for now; give "
+                    "another output folder, or delete this one to make them anew."
+                )
+        else:
+            write_json(path, wanted)
+
+    def make(
+        self,
+        rows: Rows,
+        shard_size: int,
+        label: Callable[[Sequence[Row], BadRows], list[dict[str, Any]]],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Make the shards of this process that do not exist yet.
+
+        Args:
+            rows: All rows.
+            shard_size: Rows per shard.
+            label: From the rows of a shard to their records; notes the rows that it cannot use.
+            rank, world: Which of how many processes this is.
+        """
+        from tqdm.auto import tqdm
+
+        own = range(rank, self.count, world)
+        missing = [number for number in own if not _shard_path(self.folder, number, self.count).exists()]
+        if len(missing) < len(own):
+            logger.info("%s: %d of %d shards exist already", self.folder, len(own) - len(missing), len(own))
+        for number in tqdm(missing, desc=self.folder.name, unit="shard", disable=rank > 0):
+            chosen = rows[number * shard_size : (number + 1) * shard_size]
+            bad = BadRows(self.folder.name)
+            records = label(chosen, bad)
+            write_shard(_shard_path(self.folder, number, self.count), records, bad.found)
+
+    def skipped(self) -> list[str]:
+        """The rows that could not be used, with reasons."""
+        return [
+            line for number in range(self.count) for line in _skipped(_shard_path(self.folder, number, self.count))
+        ]
+
+
+def make_labels(
+    folder: str | Path,
+    manifest: Manifest,
+    rows: Rows,
+    shard_size: int,
+    label: Callable[[Sequence[Row], BadRows], list[dict[str, Any]]],
+) -> None:
+    """Label rows into a folder, together with the other processes of this run; existing shards are kept.
+
+    Raises:
+        ValueError: The folder holds other labels, or more rows were unusable than not.
+    """
+    from accelerate import PartialState
+
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
+    # other bounds between shards would lose rows or make them twice
+    manifest = replace(manifest, settings={**manifest.settings, "shard_size": shard_size})
+    state = PartialState()
+    with state.main_process_first():
+        store = ShardStore(folder, manifest, -(-len(rows) // shard_size))
+    store.make(rows, shard_size, label, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    bad = BadRows(str(folder))
+    bad.found = store.skipped()
+    bad.check(len(rows) - len(bad.found))
+
+
+def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:
+    """What a folder of labels was made from.
+
+    Raises:
+        ValueError: It holds no labels of this stage, or not all of them yet.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"labels={folder}: there are no labels; make them with the stage {stage!r}.")
+    held = _read_manifest(path)
+    if held["stage"] != stage:
+        raise ValueError(
+            f"labels={folder}: these are labels of {held['stage']!r}, this stage needs those of {stage!r}."
+        )
+    missing = [n for n in range(held["shards"]) if not _shard_path(Path(folder), n, held["shards"]).exists()]
+    if missing:
+        raise ValueError(
+            f"labels={folder}: {len(missing)} of {held['shards']} shards are missing; run {stage!r} again to finish."
+        )
+    return held
+
+
+def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterator[dict[str, Any]]:
+    """All records of a finished folder, in order.
+
+    Args:
+        backbone: Fingerprint of the VLM that is to be trained on them; None does not compare.
+
+    Raises:
+        ValueError: The labels are unfinished, damaged, of another stage, or made by another backbone.
+    """
+    held = read_manifest(folder, stage)
+    if backbone is not None and held["backbone"] != backbone:
+        raise ValueError(
+            f"labels={folder} were made by another backbone than the model that is to be trained: run {stage!r} with "
+            "this model first, or set other_backbone=true if you know that it only differs in precision."
+        )
+    names: set[str] = set()
+    for number in range(held["shards"]):
+        path = _shard_path(Path(folder), number, held["shards"])
+        try:
+            records = read_parquet(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_REMAKE}.") from error
+        if records:
+            names = names or {"id", *records[0]}
+            if names != set(records[0]):
+                raise ValueError(f"{path} holds {sorted(records[0])} where labels have {sorted(names)}; {_REMAKE}.")
+        yield from records

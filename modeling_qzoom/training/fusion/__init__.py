@@ -1,0 +1,1 @@
+"""Stage 2: the decoder learns to answer from coarse view and crop."""

@@ -1,0 +1,164 @@
+"""`mine-fusion`, the data of stage 2: what the plain and the zoomed model answer, and who of them is right (III-D).
+
+Every row is recorded, so that counts can be trusted and rows both got right can serve as anchors.
+"""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from ...asking.answers import greedy_answers
+from ...asking.fingerprints import backbone_fingerprint, region_fingerprint
+from ...asking.judges import Judge, judge_for
+from ...asking.session import Session, open_session
+from ...backbones_qzoom import spec_for_config
+from ...data.bad_rows import BadRows
+from ...data.readers import load_rows
+from ...data.rows import Row, Rows
+from ...zoom_options_qzoom import resolve_options
+from ..common.label_store import Manifest, data_settings, make_labels, read_labels
+from .config import MineFusionConfig
+
+
+logger = logging.getLogger(__name__)
+
+STAGE = "mine-fusion"
+_ZOOM_SETTINGS = (
+    "region_threshold",
+    "region_threshold_mode",
+    "crop_min_tokens",
+    "crop_max_tokens",
+    "position_alignment",
+)
+_CASES = {
+    (True, False): "plain right, zoomed wrong (regressions)",
+    (True, True): "both right",
+    (False, True): "plain wrong, zoomed right",
+    (False, False): "both wrong",
+}
+
+
+@dataclasses.dataclass
+class FusionMiner:
+    """Labels the rows of a shard.
+
+    Args:
+        session: The model.
+        judge: Who decides.
+        batch_size: Rows per call of `generate`.
+    """
+
+    session: Session
+    judge: Judge
+    batch_size: int
+
+    def __call__(self, rows: Sequence[Row], bad: BadRows) -> list[dict[str, Any]]:
+        """The records of the usable rows, in order."""
+        usable: list[tuple[Row, Image.Image]] = []
+        records: list[dict[str, Any]] = []
+        for row in rows:
+            try:
+                if not row.answers:
+                    raise ValueError("it has no answer to judge by")
+                usable.append((row, row.load_image(self.session.processor.max_source_pixels)))
+            except ValueError as error:
+                bad.add(row.id, str(error))
+            if len(usable) == self.batch_size:
+                records += self._mine(usable, bad)
+                usable = []
+        return records + self._mine(usable, bad)
+
+    def _mine(self, batch: list[tuple[Row, Image.Image]], bad: BadRows) -> list[dict[str, Any]]:
+        if not batch:
+            return []
+        images, questions = [image for _, image in batch], [row.question for row, _ in batch]
+        try:
+            plain = greedy_answers(self.session, images, questions, zoom="never")
+            zoomed, reports = greedy_answers(self.session, images, questions, reports=True, zoom="always")
+        except ValueError as error:
+            if len(batch) > 1:  # find the image that the processor refuses
+                return [record for item in batch for record in self._mine([item], bad)]
+            bad.add(batch[0][0].id, str(error))
+            return []
+        rows = [row for row, _ in batch]
+        plain_right = self._judge(rows, plain)
+        changed = [place for place, texts in enumerate(zip(plain, zoomed)) if texts[0] != texts[1]]
+        zoomed_right = list(plain_right)
+        verdicts = self._judge([rows[place] for place in changed], [zoomed[place] for place in changed])
+        for place, verdict in zip(changed, verdicts):
+            zoomed_right[place] = verdict
+        return [
+            {
+                "id": row.id,
+                "question": row.question,
+                "answers": list(row.answers),
+                "plain": plain[place],
+                "zoomed": zoomed[place],
+                "plain_right": plain_right[place],
+                "zoomed_right": zoomed_right[place],
+                "regression": plain_right[place] and not zoomed_right[place],
+                "box": list(reports[place].box or ()) if reports[place].zoomed else None,
+            }
+            for place, row in enumerate(rows)
+        ]
+
+    def _judge(self, rows: list[Row], answers: list[str]) -> list[bool]:
+        return self.judge.judge([row.question for row in rows], [row.answers for row in rows], answers)
+
+
+def count_cases(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many rows fell under each of the four cases."""
+    found = collections.Counter((record["plain_right"], record["zoomed_right"]) for record in records)
+    return {name: found[case] for case, name in _CASES.items()}
+
+
+def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
+    """Everything that labels depend on besides backbone and rows."""
+    model = session.model
+    mrope = spec_for_config(model.config.vlm_config).mrope
+    options = resolve_options({}, [model.generation_config], model.config, mrope=mrope)
+    judge = dataclasses.asdict(config.judge)
+    for name in ("base_url", "api_key_variable", "concurrency"):  # how a judge is reached does not change its mind
+        del judge[name]
+    names = ("prompt_suffix", "system_prompt", "max_new_tokens", "dtype", "batch_size")
+    return {
+        **data_settings(config),
+        **{name: getattr(config, name) for name in names},
+        **{name: getattr(session.processor, name) for name in ("min_tokens", "max_tokens")},
+        "zoom": {name: getattr(options, name) for name in _ZOOM_SETTINGS},
+        "judge": judge,
+        "region_branch": region_fingerprint(model),
+    }
+
+
+def _check_answers(rows: Rows, data: str) -> None:
+    """Raises:
+    ValueError: Most rows have no answer.
+    """
+    without = sum(not row.answers for row in rows)
+    if 2 * without > len(rows):
+        raise ValueError(
+            f"data={data}: {without} of {len(rows)} rows have no answer, which a judge needs; check answer_key."
+        )
+
+
+def run(config: MineFusionConfig) -> None:
+    """Mine the rows into `config.output`, going on where it was stopped.
+
+    Raises:
+        ValueError: Data, judge or output do not fit.
+    """
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
+    rows = load_rows(config)
+    _check_answers(rows, config.data)
+    session = open_session(config)
+    judge = judge_for(config.judge, session)
+    manifest = Manifest(STAGE, backbone_fingerprint(session.model), rows.fingerprint, _settings(config, session))
+    make_labels(config.output, manifest, rows, config.shard_size, FusionMiner(session, judge, config.batch_size))
+    for name, count in count_cases(list(read_labels(config.output, STAGE, None))).items():
+        logger.info("%s: %d", name, count)

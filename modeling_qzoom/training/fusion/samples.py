@@ -1,0 +1,169 @@
+"""Samples of stage 2: a question, both views of its image, and the plain model's own answer as the target (III-D)."""
+
+import itertools
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ... import QZoomProcessor
+from ...asking.chats import encode_prompts, render, stack_features
+from ...asking.config import ModelConfig
+from ...backbones_qzoom import spec_for_model_type
+from ...data.rows import Box, Row
+from .config import TrainFusionConfig
+
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+
+
+def choose_records(records: Sequence[dict[str, Any]], anchor_share: float, seed: int) -> list[dict[str, Any]]:
+    """The rows that got worse by zooming, and some that both ways got right.
+
+    Args:
+        records: Of `mine-fusion`.
+        anchor_share: Share of the latter in the result; fewer where there are not that many.
+        seed: Of drawing them.
+
+    Raises:
+        ValueError: No row got worse.
+    """
+    worse = [record for record in records if record["regression"]]
+    if not worse:
+        raise ValueError(
+            f"none of {len(records)} mined rows got worse by zooming: stage 2 is not needed for them. Go on with "
+            "label-gates, or mine harder or more rows."
+        )
+    both = [record for record in records if record["plain_right"] and record["zoomed_right"] and record["box"]]
+    wanted = round(len(worse) * anchor_share / (1 - anchor_share))
+    if wanted > len(both):
+        logger.warning("anchor_share asks for %d rows that both ways got right; there are %d", wanted, len(both))
+    anchors = random.Random(seed).sample(both, min(wanted, len(both)))
+    logger.info("%d rows that got worse by zooming, %d anchors", len(worse), len(anchors))
+    return [*worse, *anchors]
+
+
+def random_box(size: tuple[int, int], side: Sequence[float], smallest: int, rng: random.Random) -> Box:
+    """A box anywhere in an image.
+
+    Args:
+        size: (width, height) in pixels.
+        side: Range of its sides as shares of the image's.
+        smallest: Least side in pixels, as far as the image has it.
+    """
+    spans = []
+    for length in size:
+        extent = min(length, max(smallest, round(rng.uniform(*side) * length)))
+        start = rng.randint(0, length - extent)
+        spans.append((start, start + extent))
+    (x0, x1), (y0, y1) = spans
+    return x0, y0, x1, y1
+
+
+def target_texts(processor: QZoomProcessor, question: str, answer: str, config: ModelConfig) -> tuple[str, str]:
+    """The prompt, and the chat up to the end of the model's turn as the template renders it.
+
+    A template that closes a turn with no special token, as LLaVA's, gets the tokenizer's end token: the model has to
+    learn to stop.
+
+    Raises:
+        ValueError: The chat template does not extend a chat by appending to it.
+    """
+    prompt = render(processor, [(question, None)], config)
+    text = render(processor, [(question, answer)], config)
+    if not text.startswith(prompt):
+        raise ValueError(
+            "This chat template does not extend a chat by appending to it, so that nothing tells which tokens are the "
+            "answer; give the tokenizer a template that does."
+        )
+    tokenizer, tail = processor.tokenizer, text[len(prompt) :]
+    ends = [(tail.index(token), -len(token)) for token in tokenizer.all_special_tokens if token in tail]
+    if not ends:
+        return prompt, text.rstrip() + tokenizer.eos_token
+    start, length = min(ends)
+    return prompt, prompt + tail[: start - length]
+
+
+def encode_target(
+    processor: QZoomProcessor, image: Image.Image, question: str, answer: str, config: ModelConfig
+) -> dict[str, Any]:
+    """Model inputs of a prompt and its answer, with `labels` (1, n) on the answer and the end of the turn."""
+    prompt, text = target_texts(processor, question, answer, config)
+    feature = encode_prompts(processor, [image], [text])
+    before, after = (processor.tokenizer(part).input_ids for part in (prompt, text))
+    # a tokenizer may merge the end of a prompt with the beginning of an answer
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after)))
+    ids = feature["input_ids"]
+    labels = torch.full_like(ids, IGNORED)
+    answer_tokens = len(after) - shared
+    labels[0, -answer_tokens:] = ids[0, -answer_tokens:]
+    return {**feature, "labels": labels}
+
+
+class FusionSamples(Dataset):
+    """Model inputs of the chosen rows, one by one.
+
+    Args:
+        processor: At the stage's coarse budget.
+        records: Of `mine-fusion`, chosen.
+        rows: The rows they were made from, by id.
+        config: Its prompts, `random_box_share`, `random_box_side` and `seed`.
+    """
+
+    def __init__(
+        self,
+        processor: QZoomProcessor,
+        records: Sequence[dict[str, Any]],
+        rows: dict[str, Row],
+        config: TrainFusionConfig,
+    ) -> None:
+        self.processor, self.records, self.rows, self.config = processor, list(records), rows, config
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def box(self, epoch: int, index: int, size: tuple[int, int]) -> Box:
+        """Where a sample looks in an epoch: at the mined box, or at a random one.
+
+        Args:
+            size: (width, height) of the image in pixels.
+        """
+        record = self.records[index]
+        rng = random.Random(f"{self.config.seed}/{epoch}/{record['id']}")
+        if rng.random() < self.config.random_box_share:
+            smallest = spec_for_model_type(self.processor.backbone_model_type).min_box_side
+            return random_box(size, self.config.random_box_side, smallest, rng)
+        x0, y0, x1, y1 = record["box"]
+        return x0, y0, x1, y1
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Inputs of the sample `key[1]` in epoch `key[0]`, with `labels` (1, n) and its `zoom_boxes`.
+
+        Raises:
+            ValueError: Its image cannot be read any more.
+        """
+        epoch, index = key
+        record = self.records[index]
+        image = self.rows[record["id"]].load_image(self.processor.max_source_pixels)
+        feature = encode_target(self.processor, image, record["question"], record["plain"], self.config)
+        return {**feature, "zoom_boxes": [self.box(epoch, index, image.size)]}
+
+
+def collate_fusion(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """A batch for `forward`, padded on the left; labels with -100."""
+    features = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+    batch = stack_features(features, pad_token_id)
+    length = batch["input_ids"].shape[1]
+    labels: list[Tensor] = [
+        torch.nn.functional.pad(sample["labels"], (length - sample["labels"].shape[1], 0), value=IGNORED)
+        for sample in samples
+    ]
+    batch["labels"] = torch.cat(labels)
+    return batch

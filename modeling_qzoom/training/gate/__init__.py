@@ -1,0 +1,1 @@
+"""Stage 3: when the coarse view is enough."""

@@ -1,0 +1,311 @@
+"""Training passes behind `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from .backbone_layers_qzoom import causal_mask, rotary, run_layers
+from .backbones_qzoom import spec_for_config
+from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
+from .rows_qzoom import pad_left, stack_positions
+from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
+from .zoom_crops_qzoom import Crop, CropError, crop_recipe, crop_region, crop_token_grid, encode_crops
+from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
+from .zoom_fusion_qzoom import fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_options_qzoom import resolve_options
+from .zoom_regions_qzoom import Box, pixels_to_cells
+from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
+
+
+IGNORED = -100
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Hands a tensor on unchanged; on the way back, the other inputs learn that there is no gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *others: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # a view instead would forbid in-place changes, which Trainer makes
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def with_unused(output: Tensor | None, unused: Iterable[Tensor]) -> Tensor | None:
+    """Makes what a pass did not use a part of its graph.
+
+    DistributedDataParallel waits until it has heard of every trainable weight. Those that are named here are heard of
+    in every backward pass. No value changes, and where nobody waits their gradients stay None.
+
+    Args:
+        output: a loss or logits, whose values are not needed by the backward pass of anything computed so far.
+        unused: weights, or tensors computed from them, that `output` does not depend on.
+    """
+    trainable = [tensor for tensor in unused if tensor.requires_grad]
+    if output is None or not output.requires_grad or not torch.is_grad_enabled() or not trainable:
+        return output
+    return _WithoutGradient.apply(output, *trainable)
+
+
+def _last_valid(valid: Tensor) -> Tensor:
+    """(B, 1) column of each row's last token."""
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    return (valid * columns).argmax(dim=1, keepdim=True)
+
+
+def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none.
+
+    Raises:
+        ValueError: a target is none of 1, 0 and -100.
+    """
+    keep = targets != IGNORED
+    if not ((targets == 0) | (targets == 1) | ~keep).all():
+        raise ValueError("targets must be 1, 0 or -100 (ignored); others were given.")
+    if not keep.any():
+        return logits.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
+
+
+def _as_numbers(targets: Any) -> Tensor:
+    """Targets as a tensor that can hold -100, which one of booleans cannot."""
+    targets = torch.as_tensor(targets)
+    return targets.long() if targets.dtype == torch.bool else targets
+
+
+def _region_targets_by_image(targets: Any, row: int, spans: list[ImageSpan]) -> list[Tensor]:
+    """One (Q, h, w) map per image of a row."""
+    maps = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+    if len(maps) != len(spans):
+        raise ValueError(
+            f"region_targets: row {row} has {len(maps)} maps and {len(spans)} images; give a (Q, h, w) map per image."
+        )
+    maps = [_as_numbers(part) for part in maps]
+    return [part[None] if part.ndim == 2 else part for part in maps]
+
+
+def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tensor:
+    """BCE over the labelled cells of all rows, images and queries (paper III-C; cells labelled -100 do not count).
+
+    Args:
+        logits: per row and image, (Q, h, w).
+        targets: likewise, in {1, 0, -100}; of another grid than the logits if labels were made at another budget.
+    """
+    flat_logits, flat_targets = [], []
+    for row_logits, row_targets in zip(logits, targets):
+        for scores, labels in zip(row_logits, row_targets):
+            if scores.shape[0] != labels.shape[0]:
+                raise ValueError(
+                    f"region_targets has {labels.shape[0]} maps for an image that {scores.shape[0]} queries ask about."
+                )
+            if scores.shape[1:] != labels.shape[1:]:
+                scores = F.interpolate(scores[None], labels.shape[1:], mode="bilinear", align_corners=False)[0]
+            flat_logits.append(scores.flatten())
+            flat_targets.append(labels.to(scores.device).flatten())
+    return masked_bce(torch.cat(flat_logits), torch.cat(flat_targets))
+
+
+def branch_pass(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vision: dict[str, Any],
+    region_targets: Any,
+    gate_targets: Any,
+    query_positions: Tensor | None,
+) -> dict[str, Any]:
+    """Losses and logits of the branches; arguments as in `forward`."""
+    view = run_to_branch(model, coarse_view(model, input_ids, attention_mask, vision))
+    if query_positions is None:
+        query_positions = _last_valid(view.valid)
+    _check_queries(query_positions, input_ids)
+    absent = query_positions < 0
+    queries = query_positions.clamp(min=0)
+    result: dict[str, Any] = {}
+    if gate_targets is not None:
+        if model.zoom.gate is None:
+            raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+        gate_targets = _as_numbers(gate_targets)
+        if gate_targets.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
+            )
+        logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
+        result["gate_logits"] = logits
+        asked = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
+        result["gate_loss"] = masked_bce(logits, asked)
+    if region_targets is not None:
+        if len(region_targets) != len(input_ids):
+            raise ValueError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
+        spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+        rows = [row for row, targets in enumerate(region_targets) if targets is not None]
+        without = [row for row in rows if not spans[row]]
+        if without:
+            raise ValueError(f"region_targets: rows {without} have targets but no image.")
+        maps_by_row: list[list[Tensor]] = [[] for _ in spans]
+        targets_by_row: list[list[Tensor]] = [[] for _ in spans]
+        if rows:
+            for row, maps in zip(rows, region_maps(model, view, rows, spans, queries[rows])):
+                maps_by_row[row] = maps.logits
+                targets_by_row[row] = _region_targets_by_image(region_targets[row], row, spans[row])
+                hidden = absent[row].nonzero()[:, 0].tolist()
+                if hidden:
+                    targets_by_row[row] = [_ignore_queries(part, hidden) for part in targets_by_row[row]]
+            result["region_loss"] = region_loss(maps_by_row, targets_by_row)
+        else:
+            # the branch runs all the same: other processes, whose rows have targets, wait for this one
+            hidden_states, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, [0])
+            query = queries[:1, :1].to(hidden_states.device)
+            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query)
+            result["region_loss"] = scores.sum() * 0.0
+        result["region_logits"] = maps_by_row
+    losses = [name for name in ("region_loss", "gate_loss") if name in result]
+    unused = _unused_by_branches(model, view, has_region=region_targets is not None, has_gate=gate_targets is not None)
+    for name in losses:
+        result[name] = with_unused(result[name], unused)
+    result["loss"] = sum(result[name] for name in losses)
+    return result
+
+
+def _unused_by_branches(model: PreTrainedModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
+    """What a branch pass leaves out: all above layer K, and a branch without targets."""
+    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
+    branches = [] if has_region else [model.zoom.region]
+    if model.zoom.gate is not None and not has_gate:
+        branches.append(model.zoom.gate)
+    parts = [*decoder.layers[layer_k:], decoder.norm, model.get_output_embeddings(), *branches]
+    tied = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    weights = [weight for part in parts for weight in part.parameters() if id(weight) not in tied]
+    return weights if view.deepstack is None else [*weights, *view.deepstack.levels[layer_k:]]
+
+
+def _check_queries(query_positions: Tensor, input_ids: Tensor) -> None:
+    rows, length = input_ids.shape
+    if query_positions.ndim != 2 or len(query_positions) != rows or int(query_positions.max()) >= length:
+        raise ValueError(
+            f"query_positions must be ({rows}, Q) columns below {length}, or -1, got shape "
+            f"{tuple(query_positions.shape)} with a largest value of {int(query_positions.max())}."
+        )
+
+
+def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
+    targets = targets.clone()
+    targets[queries] = IGNORED
+    return targets
+
+
+def _given_crops(
+    model: PreTrainedModel, request: ZoomRequest, zoom_boxes: Sequence[Any], device: torch.device
+) -> list[Crop]:
+    """Crops of the boxes that the caller chose."""
+    spec = spec_for_config(model.config.vlm_config)
+    recipe = crop_recipe(model.config, request.options, spec)
+    if len(zoom_boxes) != len(request.spans):
+        raise ValueError(f"zoom_boxes has {len(zoom_boxes)} rows, the batch {len(request.spans)}.")
+    crops = []
+    for row, entry in enumerate(zoom_boxes):
+        if entry is None:
+            continue
+        entry = entry.tolist() if isinstance(entry, Tensor) else entry
+        image, corners = entry if len(entry) == 2 else (0, entry)
+        if not 0 <= image < len(request.spans[row]):
+            raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
+        span = request.spans[row][image]
+        source = request.sources[span.index]
+        if len(corners) != 4:
+            raise ValueError(f"zoom_boxes: row {row} holds {entry!r}; a box has four numbers (x0, y0, x1, y1).")
+        x0, y0, x1, y1 = (int(value) for value in corners)
+        box: Box = (x0, y0, x1, y1)
+        height, width = source.shape[1:]
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(
+                f"zoom_boxes: the box {box} of row {row} is empty or leaves its image of {width} × {height} pixels; "
+                "boxes are (x0, y0, x1, y1) in source pixels, end exclusive."
+            )
+        try:
+            pixel_values, grid = crop_region(source.to(device), box, recipe)
+        except CropError as error:
+            raise ValueError(f"zoom_boxes: row {row}: {error}") from error
+        cells = pixels_to_cells(box, span.grid, (height, width), request.grid_boxes[span.index])
+        crops.append(Crop(row, span, cells, pixel_values, grid, crop_token_grid(grid, recipe)))
+    return crops
+
+
+@torch.no_grad()
+def _proposed_crops(model: PreTrainedModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[Crop]:
+    """Crops that the region branch proposes, asked at each row's last prompt token."""
+    reached = run_to_branch(model, view)
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
+    queries = torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
+    return decide(model, request, reached, queries)[1]
+
+
+def fused_language_pass(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vision: dict[str, Any],
+    labels: Tensor,
+    source_images: Any,
+    source_boxes: Any,
+    zoom_boxes: Sequence[Any] | None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Language loss and (B, F, vocabulary) logits over fused, left-padded sequences; arguments as in `forward`."""
+    decoder = model.vlm.get_decoder()
+    view = coarse_view(model, input_ids, attention_mask, vision)
+    spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+    sources = collect_sources(source_images, spans)
+    defaults = () if model.generation_config is None else (model.generation_config,)
+    options = resolve_options({"zoom": "always"}, defaults, model.config, mrope=view.positions.ndim == 3)
+    request = ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)))
+    if zoom_boxes is None:
+        crops = _proposed_crops(model, request, view, labels)
+    else:
+        crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
+
+    rows = [plain_row(row, view.valid[row], view.positions[..., row, :]) for row in range(len(input_ids))]
+    empty = view.embeds[:0, 0]  # (0, D)
+    levels = 0 if view.deepstack is None else len(view.deepstack.levels)
+    features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
+    if crops:
+        encoded = encode_crops(model.vlm, crops, view.embeds.device)
+        for slot, row in enumerate(plan_rows(model, request, view, crops)):
+            rows[row.row] = row
+            features.embeds[row.row] = encoded.embeds[slot]
+            for level in range(levels):
+                features.deepstack[level][row.row] = encoded.deepstack[level][slot]
+
+    length = max(row.length for row in rows)
+    embeds = pad_left(
+        [fused_embeds(model, view, row, part, full=True) for row, part in zip(rows, features.embeds)], length
+    )  # (B, F, D)
+    fused_labels = labels.new_full((len(rows), length), IGNORED)
+    for row in rows:
+        inserted = labels.new_full((row.block,), IGNORED)
+        own = labels[row.row]
+        fused_labels[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
+    mask = pad_left([row.mask for row in rows], length).to(embeds.device)
+    positions = stack_positions([row.positions for row in rows], length)
+    hidden = run_layers(
+        decoder,
+        embeds,
+        0,
+        len(decoder.layers),
+        mask=causal_mask(decoder, embeds, mask, None),
+        position_embeddings=rotary(decoder, embeds, positions),
+        deepstack=fused_deepstack(view, rows, features, length, full=True),
+    )
+    logits = model.get_output_embeddings()(decoder.norm(hidden))
+    vocabulary = model.config.get_text_config().vocab_size
+    loss = model.vlm.loss_function(
+        logits=logits, labels=fused_labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
+    )
+    return loss, logits

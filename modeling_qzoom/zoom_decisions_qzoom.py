@@ -1,0 +1,195 @@
+"""Per row of a batch: does the coarse view suffice, and if not, which region of which image is cropped?"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from .backbone_adapters_qzoom import run_rows
+from .backbone_layers_qzoom import Mask, Rotary, causal_mask
+from .backbones_qzoom import spec_for_config
+from .configuration_qzoom import QZoomConfig
+from .prompt_qzoom import ImageSpan
+from .report_qzoom import ZoomReport
+from .zoom_coarse_qzoom import CoarseView
+from .zoom_crops_qzoom import Crop, CropError, crop_recipe, crop_region, crop_token_grid
+from .zoom_regions_qzoom import box_to_pixels, foreground_box, region_heatmap
+from .zoom_request_qzoom import ZoomRequest
+
+
+def branch_inputs(decoder: PreTrainedModel, view: CoarseView, rows: list[int]) -> tuple[Tensor, Mask, Rotary]:
+    """Hidden states, mask and rotary embeddings of some rows, for a branch."""
+    if rows == list(range(len(view.hidden))):
+        return view.hidden, view.mask, view.position_embeddings
+    index = torch.tensor(rows, device=view.hidden.device)
+    hidden = view.hidden[index]
+    mask = causal_mask(decoder, hidden, view.valid[index.to(view.valid.device)], None)
+    cos, sin = view.position_embeddings
+    return hidden, mask, (cos[index.to(cos.device)], sin[index.to(sin.device)])
+
+
+def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
+    """(rows, 1) column of the last prompt token; prompts are padded on the left."""
+    return torch.full((len(rows), 1), view.hidden.shape[1] - 1, device=view.hidden.device)
+
+
+def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
+    """(rows, 1) column of the first prompt token."""
+    return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
+
+
+def gate_logits(
+    model: PreTrainedModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None
+) -> Tensor:
+    """(rows,) logits of the gate.
+
+    Args:
+        query_columns: (rows, 1); the last prompt token by default.
+    """
+    hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    queries = last_columns(view, rows) if query_columns is None else query_columns
+    return model.zoom.gate(hidden, mask, position_embeddings, queries)
+
+
+@dataclass
+class RegionMaps:
+    """Region logits of one row: per image (queries, h, w), and those of the first token's query (h, w)."""
+
+    logits: list[Tensor]
+    first_token_logits: list[Tensor]
+
+
+def region_maps(
+    model: PreTrainedModel,
+    view: CoarseView,
+    rows: list[int],
+    spans: list[list[ImageSpan]],
+    query_columns: Tensor | None = None,
+) -> list[RegionMaps]:
+    """Region logits of every image of some rows.
+
+    Args:
+        rows: rows with at least one image.
+        spans: the batch's images by row.
+        query_columns: (rows, Q) columns of the asking tokens; the last prompt token by default.
+    """
+    columns = [torch.cat([torch.arange(span.start, span.end) for span in spans[row]]) for row in rows]
+    longest = max(len(row) for row in columns)
+    keys = torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in columns])
+    queries = last_columns(view, rows) if query_columns is None else query_columns.to(view.hidden.device)
+    queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
+    hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    logits, first_head = model.zoom.region(
+        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device)
+    )  # each (rows, 1 + Q, V)
+    maps = []
+    for index, row in enumerate(rows):
+        sizes = [span.grid[0] * span.grid[1] for span in spans[row]]
+        by_image = logits[index, 1:, : sum(sizes)].split(sizes, dim=1)
+        first = first_head[index, 0, : sum(sizes)].split(sizes)
+        maps.append(
+            RegionMaps(
+                [part.unflatten(1, span.grid) for part, span in zip(by_image, spans[row])],
+                [part.unflatten(0, span.grid) for part, span in zip(first, spans[row])],
+            )
+        )
+    return maps
+
+
+def _visual_tokens(config: QZoomConfig, input_ids: Tensor) -> tuple[list[int], list[bool]]:
+    """Per row: number of visual tokens, and whether some belong to a video."""
+    images = (input_ids == config.image_token_id).sum(1)
+    videos = (input_ids == config.video_token_id).sum(1) if config.video_token_id is not None else 0 * images
+    return (images + videos).tolist(), (videos > 0).tolist()
+
+
+def plain_reports(config: QZoomConfig, input_ids: Tensor, reason: str) -> list[ZoomReport]:
+    """Reports of rows that nobody considers zooming: `reason`, or what else rules them out."""
+    has_images = (input_ids == config.image_token_id).any(1).tolist()
+    reports = []
+    for tokens, has_video, has_image in zip(*_visual_tokens(config, input_ids), has_images):
+        row_reason = "video" if has_video else reason if has_image else "no_image"
+        reports.append(ZoomReport(reason=row_reason, coarse_tokens=tokens, has_gate=config.has_gate))
+    return reports
+
+
+def decide(
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
+) -> tuple[list[ZoomReport], list[Crop]]:
+    """Steps 2 and 4 to 5: gate, region, crop.
+
+    Args:
+        query_columns: (B, 1) column of each row's last prompt token; the last column by default.
+
+    Returns:
+        One report per row, and the crops of the rows that zoom.
+    """
+    options = request.options
+    # without a gate, auto means always
+    asks_gate = options.zoom == "auto" and model.zoom.gate is not None
+    reports = plain_reports(model.config, view.input_ids, "gate_open" if asks_gate else "forced")
+    rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
+    if rows and asks_gate:
+        queries = None if query_columns is None else query_columns[rows]
+        with run_rows(request.adapters, rows):
+            logits = gate_logits(model, view, rows, queries)
+        for row, probability in zip(rows, logits.sigmoid().tolist()):
+            if math.isnan(probability):  # compares as neither above nor below a threshold
+                reports[row].reason = "gate_nan"
+                continue
+            reports[row].gate_probability = probability
+            if probability < options.gate_threshold:
+                reports[row].reason = "gate_closed"
+        rows = [row for row in rows if reports[row].reason == "gate_open"]
+    if not rows:
+        return reports, []
+    crops = []
+    queries = None if query_columns is None else query_columns[rows]
+    with run_rows(request.adapters, rows):
+        maps_by_row = region_maps(model, view, rows, request.spans, queries)
+    for row, maps in zip(rows, maps_by_row):
+        crop = _crop_row(model, request, row, maps, reports[row], view.embeds.device)
+        if crop is not None:
+            crops.append(crop)
+    return reports, crops
+
+
+def _crop_row(
+    model: PreTrainedModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
+) -> Crop | None:
+    """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
+    spec, options = spec_for_config(model.config.vlm_config), request.options
+    heatmaps = [
+        region_heatmap(logits[0], first, spec.artifact_rule)
+        for logits, first in zip(maps.logits, maps.first_token_logits)
+    ]
+    if any(bool(heatmap.isnan().any()) for heatmap in heatmaps):
+        report.reason = "map_nan"
+        return None
+    image = max(range(len(heatmaps)), key=lambda index: float(heatmaps[index].max()))
+    span = request.spans[row][image]
+    source, grid_box = request.sources[span.index], request.grid_boxes[span.index]
+    report.image_index, report.grid_box = image, grid_box
+    report.region_logits, report.heatmap = maps.logits[image][0].float().cpu(), heatmaps[image].cpu()
+    cells = foreground_box(heatmaps[image], options.region_threshold, options.region_threshold_mode)
+    if cells is None:
+        report.reason = "empty_map"
+        return None
+    height, width = source.shape[1:]
+    box = box_to_pixels(cells, span.grid, (height, width), spec.min_box_side, grid_box)
+    if box is None:
+        report.reason = "crop_failed"
+        return None
+    report.box = box
+    recipe = crop_recipe(model.config, options, spec)
+    try:
+        pixel_values, grid = crop_region(source.to(device), box, recipe)
+    except CropError:
+        report.reason = "crop_failed"
+        return None
+    report.zoomed = True
+    token_grid = crop_token_grid(grid, recipe)
+    report.crop_tokens = token_grid[0] * token_grid[1]
+    return Crop(row, span, cells, pixel_values, grid, token_grid)

@@ -1,0 +1,78 @@
+"""From the arguments of `generate` to one checked request, before anything runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .backbone_adapters_qzoom import refuse_learned_prompt, row_adapters
+from .backbone_cache_qzoom import CACHE, refuse_zoomed_cache
+from .backbones_qzoom import spec_for_config
+from .generation_refusals_qzoom import (
+    check_padding,
+    first_setting,
+    infer_mask,
+    refuse_hidden_images,
+    refuse_unsupported,
+)
+from .prompt_checks_qzoom import check_ids, check_mask, check_prompt
+from .zoom_crops_qzoom import crop_recipe
+from .zoom_options_qzoom import ZoomOptions
+from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
+
+
+def plan_zoom(
+    model: PreTrainedModel,
+    options: ZoomOptions,
+    input_ids: Any,
+    source_images: Any,
+    source_boxes: Any,
+    args: tuple,
+    configs: Sequence[GenerationConfig],
+    kwargs: dict[str, Any],
+) -> ZoomRequest | None:
+    """Checks the inputs of `generate`.
+
+    Args:
+        input_ids: what was given as ids, None for nothing.
+        args, configs, kwargs: the other arguments of `generate`, and the generation configs in force.
+
+    Returns:
+        What the zooming prefill needs; None where the plain model answers.
+    """
+    cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
+    refuse_zoomed_cache(cache)
+    if input_ids is not None and embeds is None:
+        check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    if options.zoom == "never":
+        return None
+    if input_ids is None:
+        if embeds is not None:
+            refuse_hidden_images(kwargs, source_images)
+        check_padding(mask)
+        return None
+    if embeds is None:
+        cached = 0 if cache is None else cache.get_seq_length()
+        length = input_ids.shape[1]
+        if mask is None:
+            mask = infer_mask(input_ids, kwargs, configs) if not cached else None
+        else:
+            check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
+    check_padding(mask)
+    spec = spec_for_config(model.config.vlm_config)
+    has_images = bool((input_ids == model.config.image_token_id).any())
+    if has_images or spec.square_crop:
+        crop_recipe(model.config, options, spec)  # refuses an impossible budget before anything runs
+    if not has_images:
+        if source_images is not None:
+            collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
+        return None
+    refuse_unsupported(args, configs, kwargs)
+    refuse_learned_prompt(model)
+    spans = check_prompt(model.config, input_ids, mask, kwargs)
+    sources = collect_sources(source_images, spans)
+    counts = (first_setting(name, kwargs, configs) for name in ("num_beams", "num_return_sequences"))
+    repeats = max(count for count in (1, *counts) if isinstance(count, int))
+    adapters = row_adapters(model, len(input_ids), repeats)
+    return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)

@@ -1,0 +1,64 @@
+"""The closed form of a row's prefill against counted FLOPs, for every family."""
+
+from dataclasses import replace
+
+import pytest
+
+from modeling_qzoom.asking.answers import Answer, _suffix_tokens
+from modeling_qzoom.asking.cost import PrefillCost, Prompt
+from modeling_qzoom.backbone_grids_qzoom import image_grids
+from modeling_qzoom.backbones_qzoom import spec_for_config
+from modeling_qzoom.prompt_qzoom import marker_ids
+from modeling_qzoom.zoom_options_qzoom import resolve_options
+from tests.invariants.test_flops import PEAK, ROW, generate_flops, large_inputs, large_model
+from tests.tiny import FAMILIES
+
+
+TOLERANCE = 0.005
+
+
+@pytest.fixture(params=FAMILIES)
+def setting(request) -> tuple:
+    """(model, inputs of one row, cost)."""
+    model = large_model(request.param)
+    spec = spec_for_config(model.config.vlm_config)
+    options = resolve_options(PEAK, (), model.config, mrope=spec.mrope)
+    return model, large_inputs(request.param, [ROW]), PrefillCost(model.config, options)
+
+
+def row_answer(model, inputs: dict, report) -> Answer:
+    ids = inputs["input_ids"][0]
+    suffix = _suffix_tokens(ids, model.config.image_token_id, marker_ids(model.config))
+    (grid,) = image_grids(model.config.vlm_config, inputs.get("image_grid_thw"), 1)
+    return Answer("", report, len(ids), suffix, grid)
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("off", {"zoom": "never"}),
+        ("gate_closed", {"zoom": "auto", "gate_threshold": 1.5}),
+        ("gate_open", {"zoom": "auto", "gate_threshold": 0.0, **PEAK}),
+        ("forced", {"zoom": "always", **PEAK}),
+        ("empty_map", {"zoom": "always", "region_threshold": 1.0}),
+    ],
+)
+def test_every_outcome_costs_what_is_counted(setting, reason: str, options: dict) -> None:
+    model, inputs, cost = setting
+    counted, (report,) = generate_flops(model, inputs, **options)
+    assert report.reason == reason
+    answer = row_answer(model, inputs, report)
+    assert cost.of_answer(answer) == pytest.approx(counted, rel=TOLERANCE)
+    if report.zoomed:
+        grid = cost.crop_grid(report)
+        assert grid[0] * grid[1] == report.crop_tokens
+        assert answer.visual_tokens == report.coarse_tokens + report.crop_tokens
+
+
+def test_a_crop_in_place_of_a_large_image_pays_off(setting) -> None:
+    """The point of zooming: a coarse view and a crop cost less than the same page at eight times the budget."""
+    _, _, cost = setting
+    coarse = Prompt(tokens=100, suffix=30, grid=(8, 8))
+    large = replace(coarse, tokens=100 + 7 * 64, grid=(16, 32))
+    assert cost.plain(coarse) < cost.skipped(coarse) < cost.zoomed(coarse, (8, 8)) < cost.plain(large)
+    assert cost.zoomed(coarse, (8, 8)) - cost.zoomed(coarse, (8, 8), gate=False) == cost.decoder.gate(100)

@@ -1,0 +1,347 @@
+"""Calibration: points without decoding, presets among them, and what is written equals what was measured."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom.asking.answers import greedy_answers
+from modeling_qzoom.asking.config import ModelConfig
+from modeling_qzoom.asking.session import open_session
+from modeling_qzoom.data.readers import load_rows
+from modeling_qzoom.training.calibration import calibrate
+from modeling_qzoom.training.calibration.candidates import Candidate, agreements, rank_candidates
+from modeling_qzoom.training.calibration.config import CalibrateConfig
+from modeling_qzoom.training.calibration.operating_points import (
+    Outcomes,
+    Point,
+    choose_presets,
+    gate_thresholds,
+    gated_points,
+)
+from tests.tiny import FAMILIES, tiny_model, tiny_vlm
+from tests.training.fusion.test_mine import answer_rows
+from tests.training.stage_fixtures import budget, write_data, write_model
+
+
+REGION = {"region_threshold": 0.9, "region_threshold_mode": "peak"}
+THRESHOLDS = {"absolute": [0.3]}
+
+
+# --- points ----------------------------------------------------------------------------------------------------------
+
+
+def outcomes(rng, rows: int, zoomed: bool) -> Outcomes:
+    tokens = rng.integers(10, 20, rows)
+    return Outcomes(rng.random(rows) < 0.5, np.full(rows, zoomed), tokens, tokens * 7.0)
+
+
+def test_points_equal_a_count_row_by_row():
+    rng = np.random.default_rng(0)
+    closed, opened = outcomes(rng, 30, False), outcomes(rng, 30, True)
+    probabilities = rng.integers(0, 12, 30) / 11  # with ties, 0 and 1
+    points = gated_points(closed, opened, probabilities, {"crop_max_tokens": 8}, plain_flops=1000.0)
+    assert len(points) == len(set(probabilities.tolist())) + 1
+    for point in points:
+        threshold = point.options["gate_threshold"]
+        opens = probabilities >= threshold
+        right = np.where(opens, opened.right, closed.right)
+        assert point.options["crop_max_tokens"] == 8
+        assert point.accuracy == pytest.approx(right.mean())
+        assert point.zoomed_share == pytest.approx(opens.mean())
+        assert point.visual_tokens == pytest.approx(np.where(opens, opened.tokens, closed.tokens).mean())
+        assert point.relative_flops == pytest.approx(np.where(opens, opened.flops, closed.flops).sum() / 1000)
+
+
+def test_gate_thresholds_lie_between_rows():
+    assert gate_thresholds(np.array([0.2, 0.6, 0.2])).tolist() == pytest.approx([0.0, 0.4, 0.8])
+    assert gate_thresholds(np.array([1.0])).tolist() == [0.0, 1.01]
+
+
+def point(accuracy: float, cost: float) -> Point:
+    return Point({"gate_threshold": cost}, accuracy, 0.5, 50.0, cost)
+
+
+POINTS = [point(0.5, 1.1), point(0.88, 1.3), point(0.895, 1.5), point(0.9, 2.0), point(0.9, 2.5), point(0.7, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("lose", "cost", "chosen"),
+    [
+        (0.02, None, (1.3, 1.5, 2.0)),
+        (0.0, None, (2.0, 2.0, 2.0)),
+        (0.5, None, (1.1, 1.3, 2.0)),
+        (0.02, 1.4, (1.3, 1.5, 2.0)),
+        (0.001, 1.5, (1.5, 2.0, 2.0)),  # nothing within the cost loses so little: the best of it
+    ],
+)
+def test_presets(lose, cost, chosen):
+    presets = choose_presets(POINTS, lose, cost)
+    assert tuple(presets[name].relative_flops for name in ("fast", "balanced", "accurate")) == chosen
+
+
+def test_a_cost_that_cannot_be_met():
+    with pytest.raises(ValueError, match=r"cost_at_most=1.05 cannot be met: the cheapest point costs 1.100 ×.*0.500"):
+        choose_presets(POINTS, 0.1, 1.05)
+
+
+# --- region thresholds -----------------------------------------------------------------------------------------------
+
+
+def test_regions_by_recall_then_area():
+    """Two thresholds cover all targets, the smaller boxes win; a third misses one."""
+    candidates = [Candidate("peak", value) for value in (0.1, 0.2, 0.3)]
+    boxes = [[(0, 0, 90, 90), (0, 0, 50, 50), (0, 0, 20, 20)], [(0, 0, 80, 80), (0, 0, 40, 40), None], [None] * 3]
+    sizes, targets = [(100, 100)] * 3, [(10, 10, 20, 20), (5, 5, 30, 30), None]
+    ranked = rank_candidates(candidates, boxes, sizes, targets)
+    assert [entry.candidate.threshold for entry in ranked] == [0.2]
+    assert ranked[0].merit == 1 and ranked[0].area == pytest.approx((0.25 + 0.16) / 2)
+
+
+def test_boxes_that_are_too_large_are_not_tried():
+    candidates = [Candidate("peak", value) for value in (0.1, 0.2)]
+    boxes, sizes, targets = [[(0, 0, 90, 90), (0, 0, 50, 50)]] * 2, [(100, 100)] * 2, [(10, 10, 80, 80)] * 2
+    assert rank_candidates(candidates, boxes, sizes, targets)[0].candidate.threshold == 0.1
+    assert [entry.candidate.threshold for entry in rank_candidates(candidates, boxes, sizes, targets, 0.3)] == [0.2]
+    with pytest.raises(ValueError, match="the smallest cover 0.250"):
+        rank_candidates(candidates, boxes, sizes, targets, 0.2)
+
+
+def test_regions_by_agreement():
+    candidates = [Candidate("peak", value) for value in (0.1, 0.2, 0.3, 0.4)]
+    boxes = [[(0, 0, 100, 100), (0, 0, 50, 50), (0, 0, 51, 50), None]] * 2
+    scores = agreements(boxes)
+    # shares of the common area: 0.25 and 0.255 of the whole image, 50 / 51 of each other
+    assert scores.tolist() == pytest.approx([(0.25 + 0.255) / 3, (0.25 + 50 / 51) / 3, (0.255 + 50 / 51) / 3, 0.0])
+    ranked = rank_candidates(candidates, boxes, [(100, 100)] * 2, [None] * 2)
+    # 0.2 makes boxes of the same size as 0.3
+    assert [entry.candidate.threshold for entry in ranked] == [0.3, 0.1, 0.4]
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, family: str) -> tuple[str, str]:
+    """A tiny model, and rows half of which only the zoomed model gets right."""
+    model = write_model(folder / "model", family, **REGION)
+    data = write_data(folder / "data", images=4, questions=2)
+    session = open_session(ModelConfig(model=model, max_new_tokens=4))
+    rows = load_rows(CalibrateConfig(data=data))
+    images, questions = [row.load_image() for row in rows], [row.question for row in rows]
+    plain = greedy_answers(session, images, questions, zoom="never")
+    zoomed = greedy_answers(session, images, questions, zoom="always")
+    answer_rows(data, [(plain if number % 2 else zoomed)[number] or "none" for number in range(len(rows))])
+    return model, data
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def prepared(request, tmp_path_factory):
+    """(family, model, data)."""
+    return request.param, *prepare(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def qwen(tmp_path, tmp_path_factory):
+    """(model that a test may change, data)."""
+    kept = tmp_path_factory.getbasetemp() / "calibrate-qwen"
+    if not kept.exists():
+        prepare(kept.parent / kept.name, "qwen2_5_vl")
+    shutil.copytree(kept / "model", tmp_path / "model")
+    return str(tmp_path / "model"), str(kept / "data" / "rows.jsonl")
+
+
+def config(model: str, data: str, **options) -> CalibrateConfig:
+    options = {"max_new_tokens": 4, "batch_size": 5, "region_thresholds": THRESHOLDS, **options}
+    return CalibrateConfig(model=model, data=data, **options)
+
+
+def direct(model: str, data: str, **options) -> dict[str, float]:
+    """What `generate` does with the rows under these options."""
+    session = open_session(ModelConfig(model=model, max_new_tokens=4))
+    rows = load_rows(CalibrateConfig(data=data))
+    images, questions = [row.load_image() for row in rows], [row.question for row in rows]
+    answers, reports = greedy_answers(session, images, questions, reports=True, **options)
+    figures = {
+        "accuracy": [answer.lower() == row.answers[0].lower() for answer, row in zip(answers, rows, strict=True)],
+        "zoomed_share": [report.zoomed for report in reports],
+        "visual_tokens": [report.coarse_tokens + report.crop_tokens for report in reports],
+    }
+    return {name: sum(values) / len(rows) for name, values in figures.items()}
+
+
+def test_presets_do_what_the_report_says(prepared, tmp_path):
+    family, model, data = prepared
+    weights = (Path(model) / "model.safetensors").read_bytes()
+    budgets = [] if family == "llava" else [6, 12]
+    report = tmp_path / "deep" / "report.json"
+    output = tmp_path / "out"
+    calibrate.run(
+        config(model, data, output=str(output), crop_max_tokens=budgets, report=str(report), lose_at_most=0.4)
+    )
+    found = json.loads(report.read_text())
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert found["data"] == {
+        "fingerprint": load_rows(CalibrateConfig(data=data)).fingerprint,
+        "rows": 8,
+        "skipped": [],
+    }
+
+    held = QZoomConfig.from_pretrained(output)
+    assert set(held.presets) == {"fast", "balanced", "accurate"}
+    for name, options in held.presets.items():
+        figures = found["presets"][name]
+        assert figures["options"] == options
+        expected = direct(str(output), data, effort=name)
+        assert expected == pytest.approx({key: figures[key] for key in expected})
+    balanced = found["presets"]["balanced"]
+    assert direct(str(output), data)["accuracy"] == pytest.approx(balanced["accuracy"])  # the defaults now
+    accurate = found["presets"]["accurate"]
+    assert accurate["accuracy"] == max(entry["accuracy"] for entry in found["points"])
+    assert direct(str(output), data, zoom="never")["accuracy"] == pytest.approx(found["plain_accuracy"])
+
+    # any other point, too, is what a direct run gives
+    odd = found["points"][len(found["points"]) // 2 - 3]
+    expected = direct(str(output), data, **odd["options"])
+    assert expected == pytest.approx({key: odd[key] for key in expected})
+
+
+def test_cost_is_what_the_reports_of_a_direct_run_cost(qwen, tmp_path):
+    """Of the same rows asked through the evaluation's own door, which counts the prompt's tokens from its inputs."""
+    from modeling_qzoom.asking.answers import ask
+    from modeling_qzoom.asking.cost import PrefillCost
+    from modeling_qzoom.zoom_options_qzoom import resolve_options
+
+    model, data = qwen
+    report = tmp_path / "report.json"
+    calibrate.run(config(model, data, report=str(report), crop_max_tokens=[12]))
+    session = open_session(ModelConfig(model=model))
+    rows = [(row.load_image(), row.question) for row in load_rows(CalibrateConfig(data=data))]
+    points = json.loads(report.read_text())["points"]
+    for point in (points[0], points[len(points) // 3]):
+        options = point["options"]
+        resolved = resolve_options(options, [], session.model.config, mrope=True)
+        cost = PrefillCost(session.model.config, resolved)
+        spent = [
+            cost.of_answer(answer)
+            for answer in ask(session.model, session.processor, rows, **options, max_new_tokens=2)
+        ]
+        plain = [
+            cost.of_answer(answer)
+            for answer in ask(session.model, session.processor, rows, zoom="never", max_new_tokens=2)
+        ]
+        assert point["relative_flops"] == pytest.approx(sum(spent) / sum(plain))
+
+
+def test_in_place_and_again(qwen):
+    model, data = qwen
+    files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    calibrate.run(config(model, data, crop_max_tokens=[6]))
+    after = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    assert [name for name in after if files.get(name) != after[name]] == ["config.json"]
+    old, new = json.loads(files["config.json"]), json.loads(after["config.json"])
+    changed = {name for name in new if old.get(name) != new[name]}
+    assert changed <= {"presets", "gate_threshold", "region_threshold", "region_threshold_mode", "crop_max_tokens"}
+    assert new["crop_max_tokens"] == 6
+    first = new["presets"]
+    again = config(model, data, crop_max_tokens=[6], region_thresholds={**THRESHOLDS, "peak": [0.9]})
+    calibrate.run(again)  # its own defaults are in force now, and lead to the same
+    assert json.loads((Path(model) / "config.json").read_text())["presets"] == first
+
+
+def test_a_lower_bound_of_crops_gives_way(tmp_path):
+    model = write_model(tmp_path / "model", "qwen2_5_vl", crop_min_tokens=10, crop_max_tokens=20, **REGION)
+    data = write_data(tmp_path / "data")
+    calibrate.run(config(model, data, crop_max_tokens=[6, 16]))
+    presets = QZoomConfig.from_pretrained(model).presets
+    assert all(preset["crop_min_tokens"] == min(10, preset["crop_max_tokens"]) for preset in presets.values())
+
+
+def test_a_checkpoint_without_a_gate(tmp_path):
+    model = tiny_model("qwen2_5_vl", **REGION)
+    model.zoom.gate, model.config.has_gate = None, False
+    model.save_pretrained(tmp_path / "model")
+    from tests.processing_fixtures import PROCESSORS
+
+    PROCESSORS["qwen2_5_vl"](**budget("qwen2_5_vl")).save_pretrained(tmp_path / "model")
+    data = write_data(tmp_path / "data")
+    calibrate.run(config(str(tmp_path / "model"), data, crop_max_tokens=[6, 12], report=str(tmp_path / "r.json")))
+    points = json.loads((tmp_path / "r.json").read_text())["points"]
+    assert all("gate_threshold" not in point["options"] and point["zoomed_share"] > 0 for point in points)
+    presets = QZoomConfig.from_pretrained(tmp_path / "model").presets
+    assert all("gate_threshold" not in preset for preset in presets.values())
+
+
+def test_bad_rows_and_the_effort_of_old(qwen, tmp_path, caplog):
+    """A row without an image is counted; a preset in force by default does not hide the new defaults."""
+    model, data = qwen
+    values = json.loads((Path(model) / "config.json").read_text())
+    values |= {"presets": {"old": {"gate_threshold": 0.9}}, "effort": "old"}
+    (Path(model) / "config.json").write_text(json.dumps(values))
+    own = shutil.copytree(Path(data).parent, tmp_path / "data")
+    (own / "2.png").write_bytes(b"no image")
+    calibrate.run(config(model, str(own / "rows.jsonl"), report=str(tmp_path / "r.json")))
+    assert json.loads((tmp_path / "r.json").read_text())["data"]["rows"] == 6
+    assert "2 of 8 rows skipped" in caplog.text
+    assert QZoomConfig.from_pretrained(model).effort is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lose_at_most": 1.0}, "lose_at_most"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"cost_at_most": 0.5}, "cost_at_most=0.5 cannot be met"),
+        ({"region_thresholds": {"relative": [0.1]}}, "region_threshold_mode must be one of"),
+        ({"crop_max_tokens": [0]}, "crop_max_tokens must be a positive number"),
+    ],
+)
+def test_refused_options(qwen, options, message):
+    before = (Path(qwen[0]) / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        calibrate.run(config(*qwen, **options))
+    assert (Path(qwen[0]) / "config.json").read_bytes() == before
+
+
+def test_refused_models(qwen, tmp_path):
+    _, data = qwen
+    with pytest.raises(ValueError, match="no folder whose config.json could be changed; give output="):
+        calibrate.run(config("someone/model", data))
+    tiny_vlm("qwen2_5_vl").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="is a plain VLM"):
+        calibrate.run(config(str(tmp_path / "plain"), data))
+
+
+def test_llava_has_no_crop_budgets(tmp_path):
+    model = write_model(tmp_path / "model", "llava", **REGION)
+    with pytest.raises(ValueError, match="crops of this backbone always have one size"):
+        calibrate.run(config(model, write_data(tmp_path / "data"), crop_max_tokens=[8]))
+
+
+def test_an_output_folder_that_holds_something_else_is_refused_before_the_run(qwen, tmp_path):
+    model, data = qwen
+    tiny_vlm("llava").save_pretrained(tmp_path / "plain")
+    weights = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="plain holds a plain 'llava' model, which a full Q-Zoom checkpoint"):
+        calibrate.run(config(model, data, output=str(tmp_path / "plain")))
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ValueError, match="lies inside the model's folder"):
+        calibrate.run(config(model, data, output=f"{model}/presets"))
+
+
+def test_no_weights_of_an_earlier_output_are_read(qwen, tmp_path):
+    model, data = qwen
+    shutil.copytree(model, tmp_path / "out")
+    split = tmp_path / "split"
+    shutil.copytree(model, split)
+    changed = QZoomForConditionalGeneration.from_pretrained(model)
+    with torch.no_grad():
+        changed.zoom.gate.head.bias += 1
+    changed.save_pretrained(split, max_shard_size="300KB")
+    calibrate.run(config(str(split), data, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    loaded = QZoomForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.zoom.gate.head.bias, changed.zoom.gate.head.bias)
