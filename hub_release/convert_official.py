@@ -27,7 +27,6 @@ from hub_release.official.format import (
 )
 from hub_release.repository.processor import TOKENIZER_FILES, build_processor, copy_matching
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
-from modeling_qzoom.backbones_qzoom import spec_for_config
 from modeling_qzoom.loading_weight_files_qzoom import check_weight_files
 
 
@@ -138,7 +137,7 @@ def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration
         vlm = {vlm_name(key): weight for key, weight in read_weights(base).items()} | vlm
     if config.tie_word_embeddings:
         vlm.pop("lm_head.weight", None)
-    if spec_for_config(config.vlm_config).square_crop:
+    if not config.backbone.grid.has_budget:
         fit_vocabulary(vlm, config)
     with torch.device("meta"):
         wanted = list(QZoomForConditionalGeneration(config).state_dict())

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbone_grids_qzoom import token_geometry
+from .backbone_grids_qzoom import FixedGrid, NativeGrid, TokenGrid
 from .zoom_regions_qzoom import ArtifactRule, no_artifacts, zero_first_token_cells, zero_page_corner
 
 
@@ -21,7 +19,7 @@ class BackboneSpec:
         region_rotary: the region branch rotates its queries and keys.
         region_norm: an extra RMSNorm stands between the region branch's layers and its scorer (SD-RPN on LLaVA).
         artifact_rule: zeroes heat-map cells that fire for every image of the family.
-        square_crop: crops have one fixed square size (padded), instead of their native aspect ratio.
+        grid: how images become visual tokens.
         image_start_token, image_end_token: configuration attributes that name the tokens around an image.
         min_box_side: smallest side of a zoom box, in source pixels.
         image_mean, image_std: channel statistics of the family's pixel values, where a checkpoint does not say.
@@ -32,7 +30,7 @@ class BackboneSpec:
     region_rotary: bool
     artifact_rule: ArtifactRule
     region_norm: bool = False
-    square_crop: bool = False
+    grid: type[TokenGrid] = NativeGrid
     image_start_token: str | None = None
     image_end_token: str | None = None
     min_box_side: int = 28
@@ -68,7 +66,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         region_rotary=False,
         artifact_rule=no_artifacts,
         region_norm=True,
-        square_crop=True,
+        grid=FixedGrid,
     ),
 }
 
@@ -94,24 +92,6 @@ def spec_for_config(vlm_config: PreTrainedConfig) -> BackboneSpec:
     return spec_for_model_type(vlm_config.model_type)
 
 
-def mismatch(kind: str, tokens: int, features: int) -> str:
-    """The plain VLMs' sentence about prompts and images that do not belong together; `kind` is Image or Video."""
-    return f"{kind} features and {kind.lower()} tokens do not match, tokens: {tokens}, features: {features}"
-
-
-def check_visual_tokens(vlm_config: PreTrainedConfig, input_ids: Tensor, vision: dict[str, Any]) -> None:
-    """Compares image and video tokens of prompts with the grids beside them, as far as both are there.
-
-    Raises:
-        ValueError: there are more or fewer tokens than the grids have cells.
-    """
-    for kind in ("Image", "Video"):
-        grids = vision.get(f"{kind.lower()}_grid_thw")
-        if grids is None:
-            continue
-        tokens = int(torch.eq(input_ids, getattr(vlm_config, f"{kind.lower()}_token_id")).sum())
-        if not tokens:  # of pixel values without a place the VLM itself complains
-            continue
-        features = int(grids.prod(-1).sum()) // token_geometry(vlm_config).merge ** 2
-        if tokens != features:
-            raise ValueError(mismatch(kind, tokens, features))
+def token_grid_of(vlm_config: PreTrainedConfig) -> TokenGrid:
+    """The token grid of a VLM, with its sizes."""
+    return spec_for_config(vlm_config).grid.of(vlm_config)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbones_qzoom import spec_for_config, spec_for_model_type
+from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
 from .zoom_options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
 
 
@@ -211,7 +211,7 @@ class QZoomConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a whole number of decoder layers, got {value!r}.")
-        spec = spec_for_config(self.vlm_config)
+        spec = self.backbone
         num_layers = self.get_text_config().num_hidden_layers
         if self.branch_depth < 1 or self.branch_layer < 1:
             raise ValueError(
@@ -317,6 +317,11 @@ class QZoomConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The decoder's configuration, which caches, `generate` and trainers ask for."""
         return self.vlm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        """What Q-Zoom knows of the wrapped VLM's family."""
+        return spec_for_config(self.vlm_config)
 
     @property
     def image_token_id(self) -> int:

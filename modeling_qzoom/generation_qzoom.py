@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import CACHE, POSITION_OFFSET, is_dynamic, layer_states, mark_zoomed, set_layer_states
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
-from .backbones_qzoom import spec_for_config
 from .generation_refusals_qzoom import check_padding, refuse_batched_images
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, embed_prompt, prompt_positions
 from .rows_qzoom import pad_left, select_rows, stack_positions
@@ -59,7 +58,7 @@ class QZoomGenerationMixin(GenerationMixin):
         # the VLM's own method keeps rope_deltas on the module, where a second thread would read them; ours travel with
         # the cache that they belong to
         text = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        spec = spec_for_config(self.config.vlm_config)
+        spec = self.config.backbone
         cache, types = model_kwargs.get(CACHE), model_kwargs.get("mm_token_type_ids")
         cached = 0 if cache is None else cache.get_seq_length()
         if cached > 0 and (types is None or not types[:, cached:].any()):
@@ -80,7 +79,7 @@ class QZoomGenerationMixin(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, vision: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Positions of a plain forward pass where the VLM would read or leave an offset on itself, and that offset."""
-        spec = spec_for_config(self.config.vlm_config)
+        spec = self.config.backbone
         cached = 0 if cache is None else cache.get_seq_length()
         length = cached + input_ids.shape[1]
         if cached > 0:

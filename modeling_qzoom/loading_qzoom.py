@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones_qzoom import spec_for_config, spec_for_model_type
+from .backbones_qzoom import spec_for_model_type
 from .configuration_qzoom import QZoomConfig
 from .loading_addons_qzoom import has_unmerged_lora, holds_only_branches, load_lora, with_base_files, write_addon
 from .loading_checks_qzoom import (
@@ -167,7 +167,7 @@ class QZoomLoadingMixin(_Base):
         device = execution_device(decoder.layers[config.branch_layer - 1])
         model.vlm = vlm
         dtype = vlm.dtype if vlm.dtype.is_floating_point else torch.bfloat16
-        model.zoom = ZoomBranches(config, decoder, spec_for_config(config.vlm_config)).to(device, dtype)
+        model.zoom = ZoomBranches(config, decoder, config.backbone).to(device, dtype)
         if model.zoom.gate is not None:
             nn.init.normal_(model.zoom.gate.head.weight, std=config.get_text_config().initializer_range)
             nn.init.zeros_(model.zoom.gate.head.bias)

@@ -16,7 +16,6 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbone_adapters_qzoom import remove_row_adapters
 from .backbone_cache_qzoom import CACHE, POSITION_OFFSET, given_cache
 from .backbone_layers_qzoom import check_decoder
-from .backbones_qzoom import spec_for_config
 from .configuration_qzoom import QZoomConfig
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .loading_names_qzoom import with_own_names
@@ -91,7 +90,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         decoder = self.vlm.get_decoder()
         check_decoder(decoder)
-        self.zoom = ZoomBranches(config, decoder, spec_for_config(config.vlm_config))
+        self.zoom = ZoomBranches(config, decoder, config.backbone)
         self.post_init()
 
     # `base_model_prefix` drives loading; generate and trainers want the headless model
@@ -329,10 +328,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         return_zoom_reports: Any,
     ) -> Any:
         """`generate` behind its signature; `given` are the options of the call by name."""
-        spec = spec_for_config(self.config.vlm_config)
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
-        options = resolve_options(given, configs, self.config, mrope=spec.mrope)
+        options = resolve_options(given, configs, self.config, mrope=self.config.backbone.mrope)
         return_zoom_reports = resolve_reports(return_zoom_reports, configs)
         if return_zoom_reports:
             if kwargs.get("return_dict_in_generate") is False:

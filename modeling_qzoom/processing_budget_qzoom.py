@@ -58,7 +58,7 @@ class ProcessorBudgetMixin(ProcessorMixin):
         return {**super().to_dict(), "min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
 
     def _refuse_budget_of_fixed_grid(self) -> None:
-        if spec_for_model_type(self.backbone_model_type).square_crop:
+        if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
             raise ValueError(
                 f"{self.backbone_model_type} sees every image on one fixed token grid (576 tokens for LLaVA-1.5), so "
                 "min_tokens and max_tokens do not apply to it."
@@ -76,7 +76,7 @@ class ProcessorBudgetMixin(ProcessorMixin):
             self._refuse_budget_of_fixed_grid()
             if not setting(keywords or {}, self.image_processor, "do_resize"):
                 raise ValueError("min_tokens and max_tokens would have no effect without do_resize=True.")
-        if spec_for_model_type(self.backbone_model_type).square_crop:
+        if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
             return None
         if given is not None:
             size = area_size(given, self.image_processor, "size")

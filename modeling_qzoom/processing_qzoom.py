@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import _get_template_variables
 
+from .backbone_grids_qzoom import NativeGrid
 from .backbones_qzoom import spec_for_model_type
 from .processing_budget_qzoom import ProcessorBudgetMixin
 from .processing_images_qzoom import (
@@ -43,9 +44,6 @@ from .processing_settings_qzoom import check_image_keywords, check_image_process
 from .processing_sizes_qzoom import token_side
 from .processing_tokenizer_qzoom import TOKENIZING, guarded
 from .source_images_qzoom import SourceImages
-
-
-_MAX_ASPECT_RATIO = 200  # of the resize of Qwen's image processors
 
 
 @cache
@@ -114,12 +112,13 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         self.video_config = video_config
         self.tokenizer.padding_side = "left"
         spec = spec_for_model_type(backbone_model_type)
-        if spec.square_crop and self.backbone_processor_kwargs.get("patch_size") is None:
+        lacking = [name for name in spec.grid.extra_processor_arguments if name not in self.backbone_processor_kwargs]
+        if lacking:
             raise ValueError(
-                f"{backbone_model_type} needs patch_size, num_additional_image_tokens and "
-                "vision_feature_select_strategy in backbone_processor_kwargs, as its processor_config.json holds them."
+                f"{backbone_model_type} needs {', '.join(lacking)} in backbone_processor_kwargs, as its "
+                "processor_config.json holds them."
             )
-        if not spec.square_crop and not hasattr(image_processor, "merge_size"):
+        if spec.grid.has_budget and not hasattr(image_processor, "merge_size"):
             raise ValueError(
                 f"{type(image_processor).__name__} has no merge_size: it is not an image processor of "
                 f"{backbone_model_type}."
@@ -186,7 +185,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        has_boxes = spec_for_model_type(self.backbone_model_type).square_crop
+        has_boxes = not spec_for_model_type(self.backbone_model_type).grid.has_budget
         boxes = ["source_boxes"] if has_boxes else []
         return [*dict.fromkeys(self.backbone_processor.model_input_names), "source_images", *boxes]
 
@@ -266,7 +265,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         output = BatchFeature(dict(encoded), skip_tensor_conversion=list(keep))
         if sources:
             output["source_images"] = SourceImages(source_tensor(source) for source in sources)
-            if spec.square_crop:
+            if not spec.grid.has_budget:
                 settings = self._fixed_view(keywords)
                 boxes = [covered_rectangle(*source.size, settings) for source in sources]
                 output["source_boxes"] = torch.tensor(boxes)
@@ -282,11 +281,11 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         if not images:
             return []
         check_image_processor(self.image_processor)
-        is_fixed = spec_for_model_type(self.backbone_model_type).square_crop
+        is_fixed = not spec_for_model_type(self.backbone_model_type).grid.has_budget
         settings = self._fixed_view(keywords) if is_fixed else None
         do_resize = setting(keywords, self.image_processor, "do_resize")
         data_format = option(keywords, "images_kwargs", "input_data_format")
-        ratio = _MAX_ASPECT_RATIO if do_resize and not is_fixed else None
+        ratio = NativeGrid.max_aspect_ratio if do_resize and not is_fixed else None
         slots = place_images(images, row_counts)
         sources = [load_rgb(slot, self.max_source_pixels, data_format, ratio) for slot in slots]
         if settings is not None:

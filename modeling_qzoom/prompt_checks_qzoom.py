@@ -1,14 +1,15 @@
 """Checks of a prompt's tensors against each other, before any layer runs: each cause has its own sentence."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backbone_grids_qzoom import TokenGeometry, count_images, image_grids, token_geometry
-from .backbones_qzoom import spec_for_config
+from .backbone_grids_qzoom import FixedGrid, TokenGrid
+from .backbones_qzoom import token_grid_of
 from .configuration_qzoom import QZoomConfig
-from .prompt_qzoom import ImageSpan, image_spans
+from .prompt_qzoom import ImageSpan, prompt_images
 
 
 _FROM_PROCESSOR = "Pass what QZoomProcessor returned, unchanged."
@@ -95,8 +96,8 @@ def _check_grids(name: str, grids: Any, merge: int, *, frames: bool) -> None:
             raise ValueError(f"{grid}; an image has one frame, t = 1. Pass videos as pixel_values_videos.")
 
 
-def _check_patches(name: str, pixels: Any, grids: Tensor, geometry: TokenGeometry) -> None:
-    width, count = 3 * geometry.temporal_patch * geometry.patch**2, int(grids.prod(1).sum())
+def _check_patches(name: str, pixels: Any, grids: Tensor, grid: TokenGrid) -> None:
+    width, count = 3 * grid.temporal_patch * grid.patch**2, int(grids.prod(1).sum())
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else None
     if shape != (count, width):
         raise ValueError(
@@ -124,7 +125,7 @@ def _check_encoded(encoded: Any) -> None:
         )
 
 
-def _check_images(vision: dict[str, Any], count: int, geometry: TokenGeometry, *, square: bool) -> None:
+def _check_images(vision: dict[str, Any], count: int, grid: TokenGrid) -> None:
     """The pixels of a batch's images."""
     pixels, grids = vision.get("pixel_values"), vision.get("image_grid_thw")
     if pixels is None:
@@ -133,31 +134,31 @@ def _check_images(vision: dict[str, Any], count: int, geometry: TokenGeometry, *
                 "the prompt holds image tokens but pixel_values is missing; pass what the processor returned."
             )
         return
-    if square:
-        expected = (count, 3, geometry.image_size, geometry.image_size)
+    if isinstance(grid, FixedGrid):
+        expected = (count, 3, grid.side, grid.side)
         if not isinstance(pixels, Tensor) or tuple(pixels.shape) != expected:
             raise ValueError(
-                f"pixel_values must be a tensor {expected}, an image for every {geometry.fixed_side**2} image tokens "
-                f"of the prompts, got {_describe(pixels)}. {_FROM_PROCESSOR}"
+                f"pixel_values must be a tensor {expected}, an image for every {math.prod(grid.token_grid)} image "
+                f"tokens of the prompts, got {_describe(pixels)}. {_FROM_PROCESSOR}"
             )
     elif grids is not None:
-        _check_patches("pixel_values", pixels, grids, geometry)
+        _check_patches("pixel_values", pixels, grids, grid)
     elif count == 0:
         raise ValueError(f"pixel_values was given without image_grid_thw. {_FROM_PROCESSOR}")
     _check_finite("pixel_values", pixels)
 
 
-def _check_videos(config: QZoomConfig, input_ids: Tensor, vision: dict[str, Any], geometry: TokenGeometry) -> None:
+def _check_videos(config: QZoomConfig, input_ids: Tensor, vision: dict[str, Any], grid: TokenGrid) -> None:
     """The pixels of a batch's videos."""
     pixels, grids = vision.get("pixel_values_videos"), vision.get("video_grid_thw")
     if config.video_token_id is None or pixels is None:
         return
     if grids is None:
         raise ValueError(f"pixel_values_videos was given without video_grid_thw. {_FROM_PROCESSOR}")
-    _check_grids("video_grid_thw", grids, geometry.merge, frames=True)
-    _check_patches("pixel_values_videos", pixels, grids, geometry)
+    _check_grids("video_grid_thw", grids, grid.merge, frames=True)
+    _check_patches("pixel_values_videos", pixels, grids, grid)
     _check_finite("pixel_values_videos", pixels)
-    tokens, needed = int((input_ids == config.video_token_id).sum()), int(grids.prod(1).sum()) // geometry.merge**2
+    tokens, needed = int((input_ids == config.video_token_id).sum()), int(grids.prod(1).sum()) // grid.merge**2
     if tokens != needed:
         raise ValueError(f"the prompts hold {tokens} video tokens, the given videos make {needed}. {_FROM_PROCESSOR}")
 
@@ -214,20 +215,19 @@ def check_prompt(
     Raises:
         ValueError: names the input and the cause.
     """
-    spec, geometry = spec_for_config(config.vlm_config), token_geometry(config.vlm_config)
+    mrope, grid = config.backbone.mrope, token_grid_of(config.vlm_config)
     check_mask(attention_mask, len(input_ids), (input_ids.shape[1],))
     grids = vision.get("image_grid_thw")
     if grids is not None:
-        if spec.square_crop:
+        if isinstance(grid, FixedGrid):
             raise ValueError("image_grid_thw does not apply: images of this backbone always have one token grid.")
-        _check_grids("image_grid_thw", grids, geometry.merge, frames=False)
+        _check_grids("image_grid_thw", grids, grid.merge, frames=False)
     _check_encoded(vision.get("mm_encoder_outputs") or {})
-    count = count_images(config.vlm_config, input_ids, grids)
-    spans = image_spans(input_ids, config.image_token_id, image_grids(config.vlm_config, grids, count))
-    _check_images(vision, count, geometry, square=spec.square_crop)
-    _check_videos(config, input_ids, vision, geometry)
-    if spec.mrope:
+    spans = prompt_images(config, input_ids, grids)
+    _check_images(vision, sum(len(images) for images in spans), grid)
+    _check_videos(config, input_ids, vision, grid)
+    if mrope:
         _check_token_types(config, input_ids, vision.get("mm_token_type_ids"))
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check_visible(config, input_ids, valid.to(input_ids.device), spans, mrope=spec.mrope)
+    _check_visible(config, input_ids, valid.to(input_ids.device), spans, mrope=mrope)
     return spans

@@ -5,10 +5,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbone_grids_qzoom import count_images, image_grids
-from .backbones_qzoom import BackboneSpec, check_visual_tokens, mismatch, spec_for_config
+from .backbones_qzoom import BackboneSpec, token_grid_of
 from .configuration_qzoom import QZoomConfig
 
 
@@ -30,6 +30,29 @@ def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Te
     """Runs the vision tower and projector."""
     grid = {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
     return as_visual_features(vlm.get_image_features(pixel_values, return_dict=True, **grid))
+
+
+def mismatch(kind: str, tokens: int, features: int) -> str:
+    """The plain VLMs' sentence about prompts and images that do not belong together; `kind` is Image or Video."""
+    return f"{kind} features and {kind.lower()} tokens do not match, tokens: {tokens}, features: {features}"
+
+
+def check_visual_tokens(vlm_config: PreTrainedConfig, input_ids: Tensor, vision: dict[str, Any]) -> None:
+    """Compares image and video tokens of prompts with the grids beside them, as far as both are there.
+
+    Raises:
+        ValueError: there are more or fewer tokens than the grids have cells.
+    """
+    for kind in ("Image", "Video"):
+        grids = vision.get(f"{kind.lower()}_grid_thw")
+        if grids is None:
+            continue
+        tokens = int(torch.eq(input_ids, getattr(vlm_config, f"{kind.lower()}_token_id")).sum())
+        if not tokens:  # of pixel values without a place the VLM itself complains
+            continue
+        features = int(grids.prod(-1).sum()) // token_grid_of(vlm_config).merge ** 2
+        if tokens != features:
+            raise ValueError(mismatch(kind, tokens, features))
 
 
 # what positions depend on besides ids and padding
@@ -71,7 +94,7 @@ def prompt_positions(
 
 def marker_ids(config: QZoomConfig) -> tuple[int, int] | None:
     """Ids of the tokens before and after an image, where the family has them."""
-    spec = spec_for_config(config.vlm_config)
+    spec = config.backbone
     if spec.image_start_token is None or spec.image_end_token is None:
         return None
     return getattr(config.vlm_config, spec.image_start_token), getattr(config.vlm_config, spec.image_end_token)
@@ -195,8 +218,12 @@ def embed_prompt(
     return embeds, DeepStack(levels, visual)
 
 
-def prompt_images(model: PreTrainedModel, input_ids: Tensor, image_grid_thw: Tensor | None) -> list[list[ImageSpan]]:
-    """Where each row's images are."""
-    config = model.config.vlm_config
-    count = count_images(config, input_ids, image_grid_thw)
-    return image_spans(input_ids, config.image_token_id, image_grids(config, image_grid_thw, count))
+def prompt_images(config: QZoomConfig, input_ids: Tensor, image_grid_thw: Tensor | None) -> list[list[ImageSpan]]:
+    """Where each row's images are.
+
+    Raises:
+        ValueError: the prompts' image tokens do not add up to the images.
+    """
+    image_tokens = int((input_ids == config.image_token_id).sum())
+    grids = token_grid_of(config.vlm_config).token_grids(image_tokens, image_grid_thw)
+    return image_spans(input_ids, config.image_token_id, grids)

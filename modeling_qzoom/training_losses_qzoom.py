@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
-from .backbones_qzoom import spec_for_config
+from .errors_qzoom import CropError
 from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
 from .rows_qzoom import pad_left, stack_positions
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
-from .zoom_crops_qzoom import Crop, CropError, crop_recipe, crop_region, crop_token_grid, encode_crops
+from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
 from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
-from .zoom_fusion_qzoom import fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_fusion_qzoom import PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
 from .zoom_options_qzoom import resolve_options
 from .zoom_regions_qzoom import Box, pixels_to_cells
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
@@ -143,7 +143,7 @@ def branch_pass(
     if region_targets is not None:
         if len(region_targets) != len(input_ids):
             raise ValueError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
-        spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+        spans = prompt_images(model.config, input_ids, vision.get("image_grid_thw"))
         rows = [row for row, targets in enumerate(region_targets) if targets is not None]
         without = [row for row in rows if not spans[row]]
         if without:
@@ -202,10 +202,9 @@ def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
 
 def _given_crops(
     model: PreTrainedModel, request: ZoomRequest, zoom_boxes: Sequence[Any], device: torch.device
-) -> list[Crop]:
+) -> list[PlacedCrop]:
     """Crops of the boxes that the caller chose."""
-    spec = spec_for_config(model.config.vlm_config)
-    recipe = crop_recipe(model.config, request.options, spec)
+    recipe = crop_recipe(model.config, request.options)
     if len(zoom_boxes) != len(request.spans):
         raise ValueError(f"zoom_boxes has {len(zoom_boxes)} rows, the batch {len(request.spans)}.")
     crops = []
@@ -229,16 +228,18 @@ def _given_crops(
                 "boxes are (x0, y0, x1, y1) in source pixels, end exclusive."
             )
         try:
-            pixel_values, grid = crop_region(source.to(device), box, recipe)
+            crop = cut_crop(source.to(device), box, recipe)
         except CropError as error:
             raise ValueError(f"zoom_boxes: row {row}: {error}") from error
         cells = pixels_to_cells(box, span.grid, (height, width), request.grid_boxes[span.index])
-        crops.append(Crop(row, span, cells, pixel_values, grid, crop_token_grid(grid, recipe)))
+        crops.append(PlacedCrop(row, span, cells, crop))
     return crops
 
 
 @torch.no_grad()
-def _proposed_crops(model: PreTrainedModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[Crop]:
+def _proposed_crops(
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, labels: Tensor
+) -> list[PlacedCrop]:
     """Crops that the region branch proposes, asked at each row's last prompt token."""
     reached = run_to_branch(model, view)
     columns = torch.arange(labels.shape[1], device=labels.device)
@@ -261,7 +262,7 @@ def fused_language_pass(
     """Language loss and (B, F, vocabulary) logits over fused, left-padded sequences; arguments as in `forward`."""
     decoder = model.vlm.get_decoder()
     view = coarse_view(model, input_ids, attention_mask, vision)
-    spans = prompt_images(model, input_ids, vision.get("image_grid_thw"))
+    spans = prompt_images(model.config, input_ids, vision.get("image_grid_thw"))
     sources = collect_sources(source_images, spans)
     defaults = () if model.generation_config is None else (model.generation_config,)
     options = resolve_options({"zoom": "always"}, defaults, model.config, mrope=view.positions.ndim == 3)
@@ -276,7 +277,7 @@ def fused_language_pass(
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
     features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
     if crops:
-        encoded = encode_crops(model.vlm, crops, view.embeds.device)
+        encoded = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
         for slot, row in enumerate(plan_rows(model, request, view, crops)):
             rows[row.row] = row
             features.embeds[row.row] = encoded.embeds[slot]

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_layers_qzoom import Mask, Rotary, causal_mask, rotary, run_layers
-from .backbones_qzoom import spec_for_config
 from .prompt_checks_qzoom import check_ids, check_prompt
 from .prompt_qzoom import POSITION_INPUTS, DeepStack, as_visual_features, embed_prompt, encode_images, prompt_positions
 
@@ -58,7 +57,7 @@ def coarse_view(
     embeds, deepstack = embed_prompt(vlm, input_ids, encoded.get("image"), encoded.get("video"))
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     grids = {key: vision[key] for key in POSITION_INPUTS if key in vision}
-    positions = prompt_positions(vlm, spec_for_config(config.vlm_config), input_ids, valid, **grids)
+    positions = prompt_positions(vlm, config.backbone, input_ids, valid, **grids)
     positions = positions[-3:] if positions.ndim == 3 else positions
     position_embeddings = rotary(decoder, embeds, positions)
     mask = causal_mask(decoder, embeds, valid, None)

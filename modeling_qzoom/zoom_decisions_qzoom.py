@@ -9,12 +9,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
 from .backbone_layers_qzoom import Mask, Rotary, causal_mask
-from .backbones_qzoom import spec_for_config
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import CropError
 from .prompt_qzoom import ImageSpan
 from .report_qzoom import ZoomReport
 from .zoom_coarse_qzoom import CoarseView
-from .zoom_crops_qzoom import Crop, CropError, crop_recipe, crop_region, crop_token_grid
+from .zoom_crops_qzoom import crop_recipe, cut_crop
+from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_regions_qzoom import box_to_pixels, foreground_box, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
@@ -117,7 +118,7 @@ def plain_reports(config: QZoomConfig, input_ids: Tensor, reason: str) -> list[Z
 
 def decide(
     model: PreTrainedModel, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
-) -> tuple[list[ZoomReport], list[Crop]]:
+) -> tuple[list[ZoomReport], list[PlacedCrop]]:
     """Steps 2 and 4 to 5: gate, region, crop.
 
     Args:
@@ -158,9 +159,9 @@ def decide(
 
 def _crop_row(
     model: PreTrainedModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
-) -> Crop | None:
+) -> PlacedCrop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
-    spec, options = spec_for_config(model.config.vlm_config), request.options
+    spec, options = model.config.backbone, request.options
     heatmaps = [
         region_heatmap(logits[0], first, spec.artifact_rule)
         for logits, first in zip(maps.logits, maps.first_token_logits)
@@ -183,13 +184,11 @@ def _crop_row(
         report.reason = "crop_failed"
         return None
     report.box = box
-    recipe = crop_recipe(model.config, options, spec)
     try:
-        pixel_values, grid = crop_region(source.to(device), box, recipe)
+        crop = cut_crop(source.to(device), box, crop_recipe(model.config, options))
     except CropError:
         report.reason = "crop_failed"
         return None
     report.zoomed = True
-    token_grid = crop_token_grid(grid, recipe)
-    report.crop_tokens = token_grid[0] * token_grid[1]
-    return Crop(row, span, cells, pixel_values, grid, token_grid)
+    report.crop_tokens = crop.tokens
+    return PlacedCrop(row, span, cells, crop)

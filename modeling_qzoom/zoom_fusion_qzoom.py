@@ -11,13 +11,29 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones_qzoom import spec_for_config
 from .prompt_qzoom import DeepStack, ImageSpan, VisualFeatures, marker_ids
 from .rows_qzoom import pad_left
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import Crop
 from .zoom_regions_qzoom import Rectangle
 from .zoom_request_qzoom import ZoomRequest
+
+
+@dataclass(frozen=True)
+class PlacedCrop:
+    """A crop and where it belongs.
+
+    Attributes:
+        row: index of its row in the batch.
+        span: the image that it was cut out of.
+        cells: (x0, y0, x1, y1) of the region in cells of the image's token grid, end exclusive; may be fractional.
+        crop: the crop.
+    """
+
+    row: int
+    span: ImageSpan
+    cells: Rectangle
+    crop: Crop
 
 
 @dataclass
@@ -152,24 +168,26 @@ def fuse_row(
     return FusedRow(row, prefix, suffix, block, crop, fused, mask)
 
 
-def plan_rows(model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[Crop]) -> list[FusedRow]:
+def plan_rows(
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
+) -> list[FusedRow]:
     """The fused sequence of every zooming row."""
-    spec = spec_for_config(model.config.vlm_config)
-    alignment = request.options.position_alignment or ("continuous" if spec.mrope else "sequential")
+    default = "continuous" if model.config.backbone.mrope else "sequential"
+    alignment = request.options.position_alignment or default
     markers = marker_ids(model.config)
     return [
         fuse_row(
-            crop.row,
-            view.input_ids[crop.row],
-            view.valid[crop.row],
-            view.positions[..., crop.row, :],
-            crop.span,
-            crop.cells,
-            crop.token_grid,
+            placed.row,
+            view.input_ids[placed.row],
+            view.valid[placed.row],
+            view.positions[..., placed.row, :],
+            placed.span,
+            placed.cells,
+            placed.crop.token_grid,
             alignment=alignment,
             markers=markers,
         )
-        for crop in crops
+        for placed in crops
     ]
 
 

@@ -8,7 +8,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import refuse_learned_prompt, row_adapters
 from .backbone_cache_qzoom import CACHE, refuse_zoomed_cache
-from .backbones_qzoom import spec_for_config
 from .generation_refusals_qzoom import (
     check_padding,
     first_setting,
@@ -60,10 +59,9 @@ def plan_zoom(
         else:
             check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
     check_padding(mask)
-    spec = spec_for_config(model.config.vlm_config)
     has_images = bool((input_ids == model.config.image_token_id).any())
-    if has_images or spec.square_crop:
-        crop_recipe(model.config, options, spec)  # refuses an impossible budget before anything runs
+    if has_images or not model.config.backbone.grid.has_budget:
+        crop_recipe(model.config, options)  # refuses an impossible budget before anything runs
     if not has_images:
         if source_images is not None:
             collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions

@@ -11,13 +11,13 @@ from .backbone_cache_qzoom import layer_states, set_layer_states
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
 from .rows_qzoom import _gather_columns, length_mask, pad_left, stack_positions
 from .zoom_coarse_qzoom import CoarseView
-from .zoom_crops_qzoom import Crop, encode_crops
-from .zoom_fusion_qzoom import fused_deepstack, fused_embeds, plan_rows
+from .zoom_crops_qzoom import encode_crops
+from .zoom_fusion_qzoom import PlacedCrop, fused_deepstack, fused_embeds, plan_rows
 from .zoom_request_qzoom import ZoomRequest
 
 
 def fused_prefill(
-    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[Crop], cache: DynamicCache
+    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop], cache: DynamicCache
 ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
     """Steps 6 and 7.
 
@@ -31,7 +31,7 @@ def fused_prefill(
     vlm, decoder = model.vlm, model.vlm.get_decoder()
     layer_k, last_layer = model.config.branch_layer, len(decoder.layers)
     device = view.embeds.device
-    features = encode_crops(vlm, crops, device)
+    features = encode_crops(vlm, [placed.crop for placed in crops], device)
     rows = plan_rows(model, request, view, crops)
 
     prefix_length = max(len(row.prefix) for row in rows)

@@ -55,14 +55,14 @@ def no_zoom(**options) -> dict:
 @contextmanager
 def record_crops() -> Iterator[list[torch.Tensor]]:
     """Pixel values of the crops made inside the block."""
-    crops, original = [], zoom_decisions_qzoom.crop_region
+    crops, original = [], zoom_decisions_qzoom.cut_crop
 
-    def crop_region(source, box, recipe):
-        pixel_values, grid = original(source, box, recipe)
-        crops.append(pixel_values)
-        return pixel_values, grid
+    def cut_crop(source, box, recipe):
+        crop = original(source, box, recipe)
+        crops.append(crop.pixel_values)
+        return crop
 
-    with patch.object(zoom_decisions_qzoom, "crop_region", crop_region):
+    with patch.object(zoom_decisions_qzoom, "cut_crop", cut_crop):
         yield crops
 
 

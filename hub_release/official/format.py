@@ -9,8 +9,7 @@ from transformers import AutoConfig
 
 from hub_release.official.presets import PRESETS
 from modeling_qzoom import QZoomConfig
-from modeling_qzoom.backbone_grids_qzoom import token_geometry
-from modeling_qzoom.backbones_qzoom import BACKBONES, spec_for_config
+from modeling_qzoom.backbones_qzoom import BACKBONES, spec_for_config, token_grid_of
 
 
 _FALLBACK_BUDGET = (256, 576)  # of the authors' document benchmarks
@@ -198,7 +197,7 @@ def qzoom_config(source: Path, branch_names: set[str], base: Path | None) -> QZo
         size = images.get("size") or {}
         low = config.get("min_pixels") or images.get("min_pixels") or size.get("shortest_edge")
         high = config.get("max_pixels") or images.get("max_pixels") or size.get("longest_edge")
-        area = token_geometry(vlm).token_side ** 2
+        area = token_grid_of(vlm).token_side ** 2
         fields["min_tokens"] = max(1, -(-low // area)) if low else _FALLBACK_BUDGET[0]
         fields["max_tokens"] = max(1, high // area) if high else _FALLBACK_BUDGET[1]
     for name in ("image_mean", "image_std"):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from hub_release.official.format import image_settings, read_json
 from modeling_qzoom import QZoomConfig, QZoomProcessor
-from modeling_qzoom.backbones_qzoom import spec_for_config
 
 
 TOKENIZER_FILES = (
@@ -29,8 +28,8 @@ def copy_matching(folder: Path, patterns: tuple[str, ...], target: Path) -> list
 
 def build_processor(folder: Path, config: QZoomConfig) -> QZoomProcessor | None:
     """The folder's tokenizer and image processor as one; None where one of them is missing."""
-    square = spec_for_config(config.vlm_config).square_crop
-    if not image_settings(folder) or (square and "patch_size" not in read_json(folder, "processor_config.json")):
+    needed = config.backbone.grid.extra_processor_arguments
+    if not image_settings(folder) or set(needed) - set(read_json(folder, "processor_config.json") if needed else ()):
         return None
     with tempfile.TemporaryDirectory() as plain:
         # the folder as a plain VLM of transformers would have it

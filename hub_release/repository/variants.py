@@ -21,8 +21,7 @@ from hub_release.repository.files import read_json  # noqa: E402
 from hub_release.repository.processor import build_processor  # noqa: E402
 from hub_release.repository.tensors import stored_tensors, variant_of  # noqa: E402
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration  # noqa: E402
-from modeling_qzoom.backbone_grids_qzoom import token_geometry  # noqa: E402
-from modeling_qzoom.backbones_qzoom import spec_for_config  # noqa: E402
+from modeling_qzoom.backbones_qzoom import token_grid_of  # noqa: E402
 
 
 def four_bit_recipe(config: QZoomConfig) -> BitsAndBytesConfig:
@@ -86,12 +85,12 @@ def write_variant(
 
 def _image_settings(config: QZoomConfig, tokenizer: Path) -> dict[str, Any]:
     """Settings of the image processor that the checkpoint was made with, for VLMs without a fixed grid."""
-    if spec_for_config(config.vlm_config).square_crop:
+    if not config.backbone.grid.has_budget:
         raise BuildError(
             f"a {config.vlm_config.model_type} processor has settings that no checkpoint holds; let --tokenizer name "
             f"the plain VLM's folder ({tokenizer} lacks preprocessor_config.json or processor_config.json)."
         )
-    geometry = token_geometry(config.vlm_config)
+    geometry = token_grid_of(config.vlm_config)
     low, high = (budget * geometry.token_side**2 for budget in (config.min_tokens or 4, config.max_tokens or 16384))
     return {
         "image_processor_type": "Qwen2VLImageProcessor",

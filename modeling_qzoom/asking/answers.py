@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor, ZoomReport
-from ..backbone_grids_qzoom import image_grids
+from ..backbones_qzoom import token_grid_of
 from ..prompt_qzoom import marker_ids
 from .budgets import Budget
 from .chats import encode_prompts, render
@@ -93,7 +93,8 @@ def answer_batch(
     ids = inputs["input_ids"]
     texts = processor.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
     lengths = inputs["attention_mask"].sum(1).tolist()
-    grids = image_grids(model.config.vlm_config, inputs.get("image_grid_thw"), len(ids))
+    image_tokens = int((ids == model.config.image_token_id).sum())
+    grids = token_grid_of(model.config.vlm_config).token_grids(image_tokens, inputs.get("image_grid_thw"))
     markers, image_token = marker_ids(model.config), model.config.image_token_id
     suffixes = [_suffix_tokens(row, image_token, markers) for row in ids.cpu()]
     return [Answer(*parts) for parts in zip(texts, output.zoom_reports, lengths, suffixes, grids, strict=True)]

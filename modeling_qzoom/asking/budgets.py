@@ -1,12 +1,13 @@
 """Budgets of visual tokens: the coarse one, the plain one, and ladders of both."""
 
+import math
 from typing import Any
 
 from PIL import Image
 
 from .. import QZoomProcessor
-from ..backbone_grids_qzoom import image_grids, token_geometry
-from ..backbones_qzoom import spec_for_model_type
+from ..backbone_grids_qzoom import FixedGrid
+from ..backbones_qzoom import spec_for_model_type, token_grid_of
 
 
 def at_budget(image: Image.Image, tokens: int, vlm_config: Any) -> tuple[Image.Image, dict[str, int]]:
@@ -21,12 +22,11 @@ def at_budget(image: Image.Image, tokens: int, vlm_config: Any) -> tuple[Image.I
         tokens: A rung of the ladder.
         vlm_config: The backbone's configuration.
     """
-    geometry = token_geometry(vlm_config)
-    if geometry.image_size is None:
+    grid = token_grid_of(vlm_config)
+    if not isinstance(grid, FixedGrid):
         return image, {"min_tokens": tokens, "max_tokens": tokens}
-    height, width = image_grids(vlm_config, None, 1)[0]
-    share = (tokens / (height * width)) ** 0.5
-    scale = geometry.image_size * share / min(image.size)
+    share = (tokens / math.prod(grid.token_grid)) ** 0.5
+    scale = grid.side * share / min(image.size)
     if share >= 1 or scale >= 1:
         return image, {}
     size = tuple(max(1, round(side * scale)) for side in image.size)
@@ -50,7 +50,7 @@ def coarse_budget(processor: QZoomProcessor) -> Budget | None:
 
     Bounds that the processor leaves open are those that its image processor is configured with.
     """
-    if spec_for_model_type(processor.backbone_model_type).square_crop:
+    if not spec_for_model_type(processor.backbone_model_type).grid.has_budget:
         return None
     size, side = processor.image_processor.size, processor.image_processor.patch_size
     area = (side * processor.image_processor.merge_size) ** 2

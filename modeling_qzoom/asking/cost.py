@@ -8,9 +8,8 @@ grids are (height, width) in merged visual tokens.
 from dataclasses import dataclass
 
 from .. import QZoomConfig, ZoomReport
-from ..backbone_grids_qzoom import token_geometry
-from ..backbones_qzoom import spec_for_config
-from ..zoom_crops_qzoom import CropRecipe, crop_recipe, crop_token_grid, fit_budget
+from ..backbones_qzoom import token_grid_of
+from ..zoom_crops_qzoom import CropRecipe, crop_recipe
 from ..zoom_options_qzoom import ZoomOptions
 from .answers import Answer
 
@@ -88,10 +87,10 @@ class VisionCost:
     def __init__(self, config: QZoomConfig):
         self.vlm, vision = config.vlm_config, config.vision_config
         self.vision = vision
-        self.geometry = token_geometry(config.vlm_config)
+        self.geometry = token_grid_of(config.vlm_config)
         self.width: int = vision.hidden_size
         self.windowed = hasattr(vision, "fullatt_block_indexes")
-        self.pooled = spec_for_config(config.vlm_config).square_crop
+        self.pooled = not hasattr(vision, "depth")  # CLIP calls it num_hidden_layers
         self.output = config.get_text_config().hidden_size
         channels: int = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
         self.pixels = channels * self.geometry.temporal_patch * self.geometry.patch**2
@@ -161,10 +160,9 @@ class PrefillCost:
     """
 
     def __init__(self, config: QZoomConfig, options: ZoomOptions):
-        spec = spec_for_config(config.vlm_config)
         self.vision, self.decoder = VisionCost(config), DecoderCost(config)
-        self.recipe: CropRecipe = crop_recipe(config, options, spec)
-        self.markers = 0 if spec.image_start_token is None else 2
+        self.recipe: CropRecipe = crop_recipe(config, options)
+        self.markers = 0 if config.backbone.image_start_token is None else 2
 
     def plain(self, prompt: Prompt) -> int:
         """The plain VLM, and with zoom="never"."""
@@ -202,10 +200,7 @@ class PrefillCost:
 
     def crop_grid(self, report: ZoomReport) -> Grid:
         """(height, width) of the crop that a report's box makes."""
-        if self.recipe.square is not None:
-            return crop_token_grid(None, self.recipe)
         if report.box is None:
             raise ValueError("a row that was not zoomed has no crop.")
         x0, y0, x1, y1 = report.box
-        height, width = fit_budget(y1 - y0, x1 - x0, self.recipe)
-        return crop_token_grid((1, height // self.recipe.patch, width // self.recipe.patch), self.recipe)
+        return self.recipe.tokens(y1 - y0, x1 - x0)

@@ -163,7 +163,7 @@ def conditions(runner: ArmRunner, arguments: argparse.Namespace, rows: int, seco
         "split": arguments.split or SPLIT if is_drawn else None,
         "seed": arguments.seed or SEED,
         "coarse_budget": list(runner.coarse) if runner.coarse else None,
-        "crop_budget": [recipe.min_tokens, recipe.max_tokens] if recipe.square is None else None,
+        "crop_budget": [recipe.min_tokens, recipe.max_tokens] if recipe.grid.has_budget else None,
         "gate_threshold": used.gate_threshold if model.config.has_gate else None,
         "region_threshold": [used.region_threshold, used.region_threshold_mode],
         "effort": arguments.effort,

@@ -18,7 +18,6 @@ from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answer, answer_batch, i
 from ..asking.budgets import Budget, coarse_budget, plain_budget
 from ..asking.cost import PrefillCost
 from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
-from ..backbones_qzoom import spec_for_config
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
 from .figures import Outcome, Record
 
@@ -57,7 +56,7 @@ def options_in_force(model: QZoomForConditionalGeneration, options: dict[str, An
     Raises:
         ValueError: An unknown preset or a value out of range.
     """
-    mrope = spec_for_config(model.config.vlm_config).mrope
+    mrope = model.config.backbone.mrope
     return resolve_options(options, (model.generation_config,), model.config, mrope=mrope)
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from modeling_qzoom.asking.answers import Answer, _suffix_tokens
 from modeling_qzoom.asking.cost import PrefillCost, Prompt
-from modeling_qzoom.backbone_grids_qzoom import image_grids
-from modeling_qzoom.backbones_qzoom import spec_for_config
+from modeling_qzoom.backbones_qzoom import spec_for_config, token_grid_of
 from modeling_qzoom.prompt_qzoom import marker_ids
 from modeling_qzoom.zoom_options_qzoom import resolve_options
 from tests.invariants.test_flops import PEAK, ROW, generate_flops, large_inputs, large_model
@@ -29,7 +28,8 @@ def setting(request) -> tuple:
 def row_answer(model, inputs: dict, report) -> Answer:
     ids = inputs["input_ids"][0]
     suffix = _suffix_tokens(ids, model.config.image_token_id, marker_ids(model.config))
-    (grid,) = image_grids(model.config.vlm_config, inputs.get("image_grid_thw"), 1)
+    image_tokens = int((ids == model.config.image_token_id).sum())
+    (grid,) = token_grid_of(model.config.vlm_config).token_grids(image_tokens, inputs.get("image_grid_thw"))
     return Answer("", report, len(ids), suffix, grid)
 
 

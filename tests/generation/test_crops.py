@@ -9,7 +9,9 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from modeling_qzoom.zoom_crops_qzoom import CropError, CropRecipe, crop_region, crop_token_grid, fit_budget
+from modeling_qzoom.backbone_grids_qzoom import FixedGrid, NativeGrid
+from modeling_qzoom.errors_qzoom import CropError
+from modeling_qzoom.zoom_crops_qzoom import CropRecipe, cut_crop
 from tests.generation_fixtures import always, record_crops, shared_model
 from tests.tiny import FAMILIES, Row, make_inputs, random_source, tiny_model
 
@@ -19,11 +21,11 @@ GREY_LEVEL = 1 / 255 / min(STD)
 
 
 def native(patch: int = 14, low: int = 4, high: int = 64) -> CropRecipe:
-    return CropRecipe(patch, 2, 2, low, high, None, MEAN, STD)
+    return CropRecipe(NativeGrid(patch, 2, 2), low, high, MEAN, STD)
 
 
 def square(side: int) -> CropRecipe:
-    return CropRecipe(14, 1, 1, 1, 1, side, MEAN, STD)
+    return CropRecipe(FixedGrid(14, 1, 1, side), 1, 1, MEAN, STD)
 
 
 def as_pil(pixels: torch.Tensor) -> Image.Image:
@@ -72,7 +74,8 @@ def check_native_crops(patch, make_source):
         box = x0, y0, draw.randint(x0 + 28, width), draw.randint(y0 + 28, height)
         low = draw.choice([1, 4, 16])
         recipe = native(patch, low, low * draw.choice([1, 4, 12]))
-        patches, grid = crop_region(source, box, recipe)
+        crop = cut_crop(source, box, recipe)
+        patches, grid = crop.pixel_values, crop.patch_grid
         side = (2 * patch) ** 2
         processor = Qwen2VLImageProcessor(
             patch_size=patch,
@@ -102,7 +105,8 @@ def test_square_crops_match_resize_and_pad(side, columns_first):
         source = sharp_source(height, width, seed)
         x0, y0 = draw.randrange(width - 28), draw.randrange(height - 28)
         box = x0, y0, draw.randint(x0 + 28, width), draw.randint(y0 + 28, height)
-        pixels, grid = crop_region(source, box, square(side))
+        crop = cut_crop(source, box, square(side))
+        pixels, grid = crop.pixel_values, crop.patch_grid
         assert grid is None and pixels.shape == (1, 3, side, side) and pixels.dtype == torch.float32
         region = as_pil(source).crop(box)
         scale = side / max(region.size)
@@ -116,7 +120,8 @@ def test_square_crops_match_resize_and_pad(side, columns_first):
 
 
 def test_padding_of_a_square_crop_is_the_mean_colour():
-    pixels, _ = crop_region(random_source(40, 80, 0), (0, 0, 80, 40), square(56))
+    crop = cut_crop(random_source(40, 80, 0), (0, 0, 80, 40), square(56))
+    pixels = crop.pixel_values
     assert pixels[0, :, :14].abs().max() == 0 and pixels[0, :, 42:].abs().max() == 0
     assert pixels[0, :, 14:42].abs().min() > 0
 
@@ -132,10 +137,10 @@ def test_sizes_follow_the_resize_rule_of_the_backbone(patch):
         recipe = native(patch, low, high)
         if max(height, width) / min(height, width) > 200:
             with pytest.raises(CropError, match="200"):
-                fit_budget(height, width, recipe)
+                recipe.size(height, width)
             continue
         expected = smart_resize(height, width, side, low * side**2, high * side**2)
-        assert fit_budget(height, width, recipe) == expected
+        assert recipe.size(height, width) == expected
 
 
 def test_budgets_hold_up_to_the_rounding_of_a_side():
@@ -145,35 +150,35 @@ def test_budgets_hold_up_to_the_rounding_of_a_side():
         height, width = draw.randint(28, 2000), draw.randint(28, 2000)
         low = draw.randint(1, 200)
         high = draw.randint(2 * low, 1000)
-        rows, columns = (extent // 28 for extent in fit_budget(height, width, native(14, low, high)))
+        rows, columns = (extent // 28 for extent in native(14, low, high).size(height, width))
         assert rows * columns >= low * (1 - 1 / min(rows, columns)) - 1
         assert rows * columns <= high or min(rows, columns) == 1
 
 
 def test_native_size_is_kept_within_the_budget():
-    assert fit_budget(280, 140, native(14, 4, 64)) == (280, 140)
-    assert fit_budget(290, 130, native(14, 4, 64)) == (280, 140)
-    assert fit_budget(2800, 1400, native(14, 4, 50)) == (280, 140)
-    assert fit_budget(28, 14, native(14, 50, 64)) == (280, 140)
+    assert native(14, 4, 64).size(280, 140) == (280, 140)
+    assert native(14, 4, 64).size(290, 130) == (280, 140)
+    assert native(14, 4, 50).size(2800, 1400) == (280, 140)
+    assert native(14, 50, 64).size(28, 14) == (280, 140)
 
 
 @pytest.mark.parametrize("box", [(10, 10, 10, 40), (10, 40, 40, 10), (90, 10, 120, 40)])
 def test_regions_without_area_are_crop_errors(box):
     with pytest.raises(CropError, match="outside the image of 80 × 60"):
-        crop_region(random_source(60, 80, 0), box, native())
+        cut_crop(random_source(60, 80, 0), box, native())
 
 
 def test_extreme_regions_are_crop_errors_for_native_crops_only():
     source = torch.zeros(3, 1, 201, dtype=torch.uint8)
     with pytest.raises(CropError, match="1 × 201 pixels"):
-        crop_region(source, (0, 0, 201, 1), native())
-    assert crop_region(source, (0, 0, 200, 1), native())[1][1] == 2
-    assert crop_region(source, (0, 0, 201, 1), square(56))[0].shape == (1, 3, 56, 56)
+        cut_crop(source, (0, 0, 201, 1), native())
+    assert cut_crop(source, (0, 0, 200, 1), native()).patch_grid[1] == 2
+    assert cut_crop(source, (0, 0, 201, 1), square(56)).pixel_values.shape == (1, 3, 56, 56)
 
 
 def test_token_grid():
-    assert crop_token_grid((1, 6, 10), native()) == (3, 5)
-    assert crop_token_grid(None, square(56)) == (4, 4)
+    assert native().grid.crop_tokens((84, 140)) == (3, 5)
+    assert square(56).grid.crop_tokens((56, 28)) == (4, 4)
 
 
 def test_patches_are_ordered_by_token():
@@ -181,8 +186,9 @@ def test_patches_are_ordered_by_token():
     rows = torch.arange(56, dtype=torch.uint8).view(56, 1).expand(56, 84)
     columns = torch.arange(84, dtype=torch.uint8).view(1, 84).expand(56, 84)
     source = torch.stack([rows, columns, torch.zeros_like(rows)])
-    recipe = CropRecipe(14, 2, 2, 1, 100, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    patches, grid = crop_region(source, (0, 0, 84, 56), recipe)
+    recipe = CropRecipe(NativeGrid(14, 2, 2), 1, 100, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    crop = cut_crop(source, (0, 0, 84, 56), recipe)
+    patches, grid = crop.pixel_values, crop.patch_grid
     assert grid == (1, 4, 6) and patches.dtype == torch.float32
     values = (patches * 255).round().view(24, 3, 2, 14, 14)
     corners = values[:, :2, 0, 0, 0].int().tolist()  # (row, column) of every patch's first pixel
@@ -194,22 +200,24 @@ def test_patches_are_ordered_by_token():
 def test_source_is_not_written_to():
     source = random_source(60, 80, 0)
     before = source.clone()
-    crop_region(source, (5, 5, 60, 50), native())
+    cut_crop(source, (5, 5, 60, 50), native())
     assert source.equal(before)
 
 
 def test_crops_stay_on_the_source_s_device():
     """On a device without data, anything that looked at pixel values or left for the host would raise."""
     source = torch.zeros(3, 300, 400, dtype=torch.uint8, device="meta")
-    patches, grid = crop_region(source, (10, 20, 300, 200), native())
+    crop = cut_crop(source, (10, 20, 300, 200), native())
+    patches, grid = crop.pixel_values, crop.patch_grid
     assert patches.device.type == "meta" and len(patches) == grid[1] * grid[2]
-    assert crop_region(source, (10, 20, 300, 200), square(56))[0].device.type == "meta"
+    assert cut_crop(source, (10, 20, 300, 200), square(56)).pixel_values.device.type == "meta"
 
 
 def test_a_default_device_does_not_leak_into_crops():
     source = random_source(60, 80, 0)
     with torch.device("meta"):
-        patches, _ = crop_region(source, (0, 0, 80, 60), native())
+        crop = cut_crop(source, (0, 0, 80, 60), native())
+        patches = crop.pixel_values
     assert patches.device.type == "cpu"
 
 

@@ -6,7 +6,6 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_qzoom import QZoomConfig
-from modeling_qzoom.backbones_qzoom import BACKBONES
 from modeling_qzoom.zoom_crops_qzoom import crop_recipe
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions, resolve_options
 from tests.generation_fixtures import always, box_of, mixed, no_zoom, shared_model
@@ -213,7 +212,7 @@ def test_an_unknown_crop_budget_is_an_error():
 )
 def test_one_side_of_the_budget_moves_the_other_out_of_its_way(options, budget):
     model = shared_model("qwen2_5_vl")
-    recipe = crop_recipe(model.config, ZoomOptions(**options), BACKBONES["qwen2_5_vl"])
+    recipe = crop_recipe(model.config, ZoomOptions(**options))
     assert (recipe.min_tokens, recipe.max_tokens) == budget
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_qzoom.backbone_grids_qzoom import count_images
+from modeling_qzoom.backbones_qzoom import token_grid_of
 from modeling_qzoom.prompt_qzoom import ImageSpan
 from modeling_qzoom.zoom_request_qzoom import collect_grid_boxes, collect_sources
 from tests.generation_fixtures import always, shared_model
@@ -237,10 +237,9 @@ def test_image_tokens_that_do_not_fit_the_grid(family):
 
 
 def test_llava_image_tokens_come_in_whole_images():
-    inputs = make_inputs("llava", [Row(["a", None, "b"], [], 1)])
     config = shared_model("llava").config.vlm_config
     with pytest.raises(ValueError, match="15 image tokens are not a multiple of the 16"):
-        count_images(config, inputs["input_ids"][:, 2:], None)
+        token_grid_of(config).token_grids(15, None)
 
 
 @pytest.mark.parametrize("nested", [False, True])

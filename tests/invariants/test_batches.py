@@ -170,11 +170,11 @@ def test_the_variants_make_two_hundred_batches():
 
 
 class _SomeCropsFail:
-    """`crop_region` that fails for sources of one size."""
+    """`cut_crop` that fails for sources of one size."""
 
     def __init__(self, monkeypatch, size: tuple[int, int]):
-        self.original, self.size = decisions.crop_region, size
-        monkeypatch.setattr(decisions, "crop_region", self)
+        self.original, self.size = decisions.cut_crop, size
+        monkeypatch.setattr(decisions, "cut_crop", self)
 
     def __call__(self, source, box, recipe):
         if tuple(source.shape[1:]) == self.size:

@@ -116,13 +116,13 @@ class Seen:
 
     def __init__(self, model, monkeypatch):
         self.model, self.crops = model, []
-        original = decisions.crop_region
+        original = decisions.cut_crop
 
         def record(*args):
             self.crops.append(original(*args))
             return self.crops[-1]
 
-        monkeypatch.setattr(decisions, "crop_region", record)
+        monkeypatch.setattr(decisions, "cut_crop", record)
 
     def _tower(self, pixel_values, grid) -> int:
         arguments = {} if grid is None else {"image_grid_thw": torch.as_tensor(grid)}
@@ -132,8 +132,8 @@ class Seen:
         return self._tower(inputs["pixel_values"], inputs.get("image_grid_thw"))
 
     def crop(self) -> int:
-        patches, grid = self.crops[-1]
-        return self._tower(patches, None if grid is None else [grid])
+        crop = self.crops[-1]
+        return self._tower(crop.pixel_values, None if crop.patch_grid is None else [crop.patch_grid])
 
 
 @pytest.fixture(params=FAMILIES)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from modeling_qzoom import QZoomForConditionalGeneration, zoom_decisions_qzoom, zoom_second_pass_qzoom
-from modeling_qzoom.backbones_qzoom import spec_for_config
 from modeling_qzoom.prompt_qzoom import marker_ids
-from modeling_qzoom.zoom_crops_qzoom import crop_recipe, crop_region
+from modeling_qzoom.zoom_crops_qzoom import Crop, crop_recipe, cut_crop
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 from modeling_qzoom.zoom_regions_qzoom import foreground_box, no_artifacts, region_heatmap
 from tests.golden import CASES, GoldenCase, load_case
@@ -65,7 +64,7 @@ def _record(monkeypatch) -> Trace:
             before, after = marker_ids(model.config)
             inserted = [before, *inserted, after]
         trace.fused_ids = [*ids[row.prefix].tolist(), *inserted, *ids[row.suffix].tolist()]
-        trace.cells, trace.crop_grid = crops[0].cells, crops[0].grid
+        trace.cells, trace.crop_grid = crops[0].cells, crops[0].crop.patch_grid
         trace.source_positions, trace.fused_positions = view.positions[:, 0], row.positions
         return rows
 
@@ -142,7 +141,9 @@ def test_zoom_with_the_authors_crop(golden, run, monkeypatch):
     expected = {key.removeprefix(f"{run}."): value for key, value in case.expected.items() if key.startswith(run)}
     trace = _record(monkeypatch)
     grid = tuple(expected["crop_grid"].tolist())
-    monkeypatch.setattr(zoom_decisions_qzoom, "crop_region", lambda source, box, recipe: (case.crop_pixels, grid))
+    tokens = grid[1] // 2, grid[2] // 2
+    recorded = lambda source, box, recipe: Crop(box, case.crop_pixels, grid, tokens)  # noqa: E731
+    monkeypatch.setattr(zoom_decisions_qzoom, "cut_crop", recorded)
     output = _zoom(case, model, run)
     report = output.zoom_reports[0]
 
@@ -172,14 +173,13 @@ def test_zoom_with_our_own_crop(golden, run, monkeypatch):
 
 def test_crops_are_within_a_grey_level(golden):
     case, model = golden
-    spec = spec_for_config(model.config.vlm_config)
-    recipe = crop_recipe(model.config, ZoomOptions(), spec)
+    recipe = crop_recipe(model.config, ZoomOptions())
     box = tuple(case.expected["zoom_aligned.crop_box_pixels"].tolist())
-    ours, grid = crop_region(case.source, box, recipe)
-    assert list(grid) == case.expected["zoom_aligned.crop_grid"].tolist()
+    crop = cut_crop(case.source, box, recipe)
+    assert list(crop.patch_grid) == case.expected["zoom_aligned.crop_grid"].tolist()
     grey_levels = 255 * torch.tensor(recipe.std).view(3, 1, 1, 1)
     patch = case.settings["patch_size"]
-    difference = (ours - case.crop_pixels).view(-1, 3, 2, patch, patch).abs() * grey_levels
+    difference = (crop.pixel_values - case.crop_pixels).view(-1, 3, 2, patch, patch).abs() * grey_levels
     assert difference.max() < 1.001
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import modeling_qzoom.zoom_decisions_qzoom as decisions
+from modeling_qzoom.zoom_crops_qzoom import Crop
 from tests.tiny import FAMILIES, Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
 
 
@@ -34,17 +35,17 @@ CASES += [(family, 3, None) for family in FAMILIES if family not in {case[0] for
 
 
 class CropSpy:
-    """Keeps what `crop_region` returned, by source image."""
+    """Keeps what `cut_crop` returned, by source image."""
 
     def __init__(self, monkeypatch):
-        self.crops: dict[int, tuple] = {}
-        original = decisions.crop_region
+        self.crops: dict[int, Crop] = {}
+        original = decisions.cut_crop
 
         def record(source, box, recipe):
             self.crops[source.data_ptr()] = original(source, box, recipe)
             return self.crops[source.data_ptr()]
 
-        monkeypatch.setattr(decisions, "crop_region", record)
+        monkeypatch.setattr(decisions, "cut_crop", record)
 
 
 def covered_cells(heatmap: torch.Tensor) -> tuple[int, int, int, int]:
@@ -53,10 +54,10 @@ def covered_cells(heatmap: torch.Tensor) -> tuple[int, int, int, int]:
     return int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())
 
 
-def fused_prompt(family: str, inputs: dict, report, crop: tuple) -> tuple[dict, slice]:
+def fused_prompt(family: str, inputs: dict, report, crop: Crop) -> tuple[dict, slice]:
     """Inputs of the plain VLM for one row's fused prompt, and where the crop's tokens are in it."""
     tokenizer = llava_tokenizer() if family == "llava" else qwen_tokenizer()
-    patches, grid = crop
+    patches, grid = crop.pixel_values, crop.patch_grid
     ids, pixels = inputs["input_ids"][0], inputs["pixel_values"]
     image_token = tokenizer.convert_tokens_to_ids("<image>" if family == "llava" else "<|image_pad|>")
     columns = (ids == image_token).nonzero()[:, 0]

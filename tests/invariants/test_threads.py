@@ -214,7 +214,7 @@ def test_a_call_that_fails_half_way_leaves_nothing_behind(family, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decisions, "crop_region", broken)
+        patch.setattr(decisions, "cut_crop", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             generate(model, inputs, **ZOOM)
     assert state(model) == before

@@ -14,7 +14,6 @@ from ...asking.chats import render
 from ...asking.cost import PrefillCost, Prompt
 from ...asking.judges import Judge
 from ...asking.session import Session
-from ...backbones_qzoom import spec_for_config
 from ...data.bad_rows import BadRows
 from ...data.rows import Row
 from ...prompt_qzoom import marker_ids
@@ -145,7 +144,7 @@ class Calibration:
                 return [found for item in batch for found in self._look_at([item])]
             self.bad.add(rows[0].id, str(error))
             return []
-        min_side = spec_for_config(self.session.model.config.vlm_config).min_box_side
+        min_side = self.session.model.config.backbone.min_box_side
         return [
             Coarse(
                 place,
@@ -178,7 +177,7 @@ class Calibration:
             ValueError: They do not fit the model.
         """
         model = self.session.model
-        mrope = spec_for_config(model.config.vlm_config).mrope
+        mrope = model.config.backbone.mrope
         resolved = resolve_options(options, [model.generation_config], model.config, mrope=mrope)
         return PrefillCost(model.config, resolved)
 
@@ -231,7 +230,7 @@ class Calibration:
             ValueError: Budgets for a backbone whose crops have one size.
         """
         held = self.session.model.config
-        if spec_for_config(held.vlm_config).square_crop:
+        if not held.backbone.grid.has_budget:
             if self.config.crop_max_tokens:
                 raise ValueError("crop_max_tokens: crops of this backbone always have one size; leave it out.")
             return [{}]

@@ -15,7 +15,6 @@ from ...asking.answers import greedy_answers
 from ...asking.fingerprints import backbone_fingerprint, region_fingerprint
 from ...asking.judges import Judge, judge_for
 from ...asking.session import Session, open_session
-from ...backbones_qzoom import spec_for_config
 from ...data.bad_rows import BadRows
 from ...data.readers import load_rows
 from ...data.rows import Row, Rows
@@ -119,7 +118,7 @@ def count_cases(records: Sequence[dict[str, Any]]) -> dict[str, int]:
 def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
     """Everything that labels depend on besides backbone and rows."""
     model = session.model
-    mrope = spec_for_config(model.config.vlm_config).mrope
+    mrope = model.config.backbone.mrope
     options = resolve_options({}, [model.generation_config], model.config, mrope=mrope)
     judge = dataclasses.asdict(config.judge)
     for name in ("base_url", "api_key_variable", "concurrency"):  # how a judge is reached does not change its mind

@@ -188,7 +188,7 @@ def response_maps(
     columns, keep = _queries(inputs["input_ids"].shape[1], responses, query_tokens)
     whole = _append(inputs, responses)
     ids = whole["input_ids"]
-    spans = prompt_images(model, ids, whole.get("image_grid_thw"))
+    spans = prompt_images(model.config, ids, whole.get("image_grid_thw"))
     if any(len(row) != 1 for row in spans):
         raise ValueError(f"Every row needs exactly one image; the rows have {[len(row) for row in spans]}.")
     view = coarse_view(model, ids, whole.get("attention_mask"), whole)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ...asking.chats import encode_prompts, query_columns, render, stack_features
 from ...asking.fingerprints import backbone_fingerprint
 from ...asking.session import Session, open_session
-from ...backbone_grids_qzoom import image_grids
+from ...backbones_qzoom import token_grid_of
 from ...data.rows import Row
 from ...training_losses_qzoom import IGNORED
 from ..common.fresh_branches import reset_region
@@ -59,7 +59,8 @@ class RegionDataset(Dataset):
         features = encode_prompts(self.processor, [image], [render(self.processor, turns, self.config)])
         for name in ("source_images", "source_boxes"):
             features.pop(name, None)
-        grid = image_grids(self.vlm_config, features.get("image_grid_thw"), 1)[0]
+        image_tokens = int((features["input_ids"] == self.vlm_config.image_token_id).sum())
+        (grid,) = token_grid_of(self.vlm_config).token_grids(image_tokens, features.get("image_grid_thw"))
         targets = torch.stack([load_region_targets(record, grid, self.rule) for record in group])
         columns = query_columns(self.processor, features["input_ids"][0], turns, self.config)
         return {"features": features, "targets": targets, "columns": columns}
