@@ -9,19 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling_qzoom import QZoomForConditionalGeneration, ZoomReport
+from tests.families import FAMILY
 from tests.tiny import Row, make_inputs, tiny_vlm
 
 
-ZOOM_CONFIG = {
-    "qwen2_5_vl": {"min_tokens": 4, "max_tokens": 24},
-    "qwen3_vl": {"min_tokens": 4, "max_tokens": 24},
-    "llava": {},
-}
+ZOOM_CONFIG = {name: family.budget() for name, family in FAMILY.items()}
 # the same weights at another address in memory may take another kernel
 CLOSE = 1e-5
 # modules whose widths 4-bit kernels cannot take at this size
-VISION = {"qwen2_5_vl": ["model.visual"], "qwen3_vl": ["model.visual"]}
-VISION["llava"] = ["model.vision_tower", "model.multi_modal_projector"]
+VISION = {name: family.vision_modules for name, family in FAMILY.items()}
 
 
 def plain_folder(family: str, folder: Path, **kwargs) -> str:

@@ -1,44 +1,29 @@
-"""Tiny processors of every family for the processor's tests; nothing is downloaded."""
+"""Processors, pictures and chats for the processor's tests; nothing is downloaded."""
 
 import numpy as np
 from PIL import Image
-from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 
 from modeling_qzoom import QZoomProcessor
-from tests.tiny import llava_tokenizer, qwen_tokenizer
+from tests.families import FAMILY
+from tests.families.llava import LLAVA
+from tests.families.llava import PROCESSOR_ARGUMENTS as LLAVA_ARGUMENTS
+from tests.families.qwen2_5_vl import QWEN2_5_VL
+from tests.families.qwen3_vl import QWEN3_VL
 
 
-LLAVA_ARGUMENTS = {
-    "patch_size": 14,
-    "vision_feature_select_strategy": "default",
-    "num_additional_image_tokens": 1,
-    "image_token": "<image>",
-}
+__all__ = [
+    "LLAVA_ARGUMENTS",
+    "PROCESSORS",
+    "chat",
+    "llava_processor",
+    "noise",
+    "process",
+    "qwen3_processor",
+    "qwen_processor",
+]
 
-
-def qwen_processor(**kwargs) -> QZoomProcessor:
-    """28 pixels a token."""
-    return QZoomProcessor(Qwen2VLImageProcessor(patch_size=14, merge_size=2), qwen_tokenizer(), **kwargs)
-
-
-def qwen3_processor(**kwargs) -> QZoomProcessor:
-    """32 pixels a token."""
-    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2)
-    return QZoomProcessor(images, qwen_tokenizer(), backbone_model_type="qwen3_vl", **kwargs)
-
-
-def llava_processor(image_processor=None, **kwargs) -> QZoomProcessor:
-    """56 × 56 pixels, 4 × 4 tokens."""
-    return QZoomProcessor(
-        image_processor or CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        llava_tokenizer(),
-        backbone_model_type="llava",
-        backbone_processor_kwargs=LLAVA_ARGUMENTS,
-        **kwargs,
-    )
-
-
-PROCESSORS = {"qwen2_5_vl": qwen_processor, "qwen3_vl": qwen3_processor, "llava": llava_processor}
+PROCESSORS = {name: family.processor for name, family in FAMILY.items()}
+qwen_processor, qwen3_processor, llava_processor = QWEN2_5_VL.processor, QWEN3_VL.processor, LLAVA.processor
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
