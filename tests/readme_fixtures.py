@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor
 
+from tests.families import FAMILY
 from tests.processing_fixtures import LLAVA_ARGUMENTS
 from tests.tiny import llava_tokenizer, qwen_tokenizer, tiny_vlm
 
@@ -82,11 +83,11 @@ def stand_in(family: str, folder: Path) -> Path:
     """A tiny random backbone with its own processor, as a repository of the Hub would hold them; 28 layers."""
     if not folder.exists():
         tiny_vlm(family, layers=28).save_pretrained(folder)
-        if family == "llava":
+        if not FAMILY[family].has_budget:
             images = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
             LlavaProcessor(images, llava_tokenizer(), **LLAVA_ARGUMENTS).save_pretrained(folder)
         else:
-            Qwen2VLImageProcessor(patch_size=16 if family == "qwen3_vl" else 14, merge_size=2).save_pretrained(folder)
+            Qwen2VLImageProcessor(patch_size=FAMILY[family].patch, merge_size=2).save_pretrained(folder)
             qwen_tokenizer().save_pretrained(folder)
     return folder
 

@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from modeling_qzoom.backbone_grids_qzoom import FixedGrid, NativeGrid
 from modeling_qzoom.errors_qzoom import CropError
 from modeling_qzoom.zoom_crops_qzoom import CropRecipe, cut_crop
+from tests.families import FAMILY
 from tests.generation_fixtures import always, record_crops, shared_model
 from tests.tiny import FAMILIES, Row, make_inputs, random_source, tiny_model
 
@@ -243,7 +244,7 @@ def test_generate_keeps_to_the_crop_budget(family, low, high):
     output = shared_model(family).generate(**inputs, **always(), **budget, max_new_tokens=1, return_zoom_reports=True)
     for report in output.zoom_reports:
         x0, y0, x1, y1 = report.box
-        side = 28 if family == "qwen2_5_vl" else 32
+        side = 2 * FAMILY[family].patch
         height, width = smart_resize(y1 - y0, x1 - x0, side, low * side**2, high * side**2)
         assert report.crop_tokens == height * width // side**2
 

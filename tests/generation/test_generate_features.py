@@ -14,15 +14,16 @@ from transformers import (
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from tests.families import FAMILY
 from tests.generation_fixtures import always, mixed, mixed_singles, no_zoom, shared_model
-from tests.tiny import FAMILIES, Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer
+from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tokenizer_of(family):
-    return llava_tokenizer() if family == "llava" else qwen_tokenizer()
+    return FAMILY[family].tokenizer()
 
 
 def run(family, **kwargs):
@@ -301,7 +302,7 @@ def test_the_cache_holds_the_crop(family):
     output = shared_model(family).generate(
         **inputs, **options, max_new_tokens=4, return_dict_in_generate=True, return_zoom_reports=True
     )
-    markers = 0 if family == "llava" else 2
+    markers = FAMILY[family].markers
     expected = inputs["input_ids"].shape[1] + output.zoom_reports[0].crop_tokens + markers + 3
     cache = output.past_key_values
     assert cache.get_seq_length() == expected

@@ -6,6 +6,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerationMixin
 
 from modeling_qzoom.backbone_cache_qzoom import CACHE
+from tests.families import FAMILY
 from tests.generation_fixtures import always, mixed, no_zoom, shared_model
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs
 
@@ -100,7 +101,7 @@ def test_right_padding_is_refused(family):
     pads = int((mask[0] == 0).sum())
     ids[0], mask[0] = ids[0].roll(-pads), mask[0].roll(-pads)
     wrong = {**inputs, "input_ids": ids, "attention_mask": mask}
-    if family != "llava":
+    if FAMILY[family].has_budget:
         wrong["mm_token_type_ids"] = (ids == shared_model(family).config.image_token_id).int()
     message = r"rows \[0\] are padded on the right.*padding_side='left'"
     with pytest.raises(ValueError, match=message):

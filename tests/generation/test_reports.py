@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modeling_qzoom import ZoomReport
+from tests.families import FAMILY
 from tests.generation_fixtures import always, mixed, shared_model
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
@@ -116,7 +117,7 @@ def test_values_are_python_numbers_and_cpu_float32(family):
 def test_maps_boxes_and_counts_fit_each_other(family):
     inputs = make_inputs(family, [Row(["a", None, "b", None, "?"], [(2, 3), (4, 5)], 1)])
     report = reports_of(family, inputs, **always())[0]
-    grids = [(4, 4), (4, 4)] if family == "llava" else [(2, 3), (4, 5)]
+    grids = FAMILY[family].grids((2, 3), (4, 5))
     assert report.region_logits.shape == report.heatmap.shape == grids[report.image_index]
     assert 0 <= report.heatmap.min() and report.heatmap.max() <= 1
     assert report.coarse_tokens == sum(height * width for height, width in grids)

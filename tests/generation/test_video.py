@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.families import FAMILY
 from tests.generation_fixtures import always, shared_model
 from tests.tiny import Row, make_inputs, qwen_tokenizer
 
@@ -16,12 +17,8 @@ def video_row(family: str, text: str = "what happens?", seed: int = 5, image: tu
 
     Qwen3-VL writes a time stamp and a pair of markers around every frame, Qwen2.5-VL one pair around all of them.
     """
-    tokenizer, patch = qwen_tokenizer(), 16 if family == "qwen3_vl" else 14
-    frame = "<|video_pad|>" * 6
-    if family == "qwen3_vl":
-        video = "".join(f"<{second}.0 s><|vision_start|>{frame}<|vision_end|>" for second in range(FRAMES))
-    else:
-        video = f"<|vision_start|>{frame * FRAMES}<|vision_end|>"
+    tokenizer, patch = qwen_tokenizer(), FAMILY[family].patch
+    video = FAMILY[family].video_text(FRAMES, 6)
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     if image is not None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor
 
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
+from tests.families import FAMILY
 from tests.processing_fixtures import LLAVA_ARGUMENTS, chat, noise, process
 from tests.tiny import Row, llava_tokenizer, make_inputs, qwen_tokenizer, tiny_model, vlm_config
 
@@ -120,17 +121,17 @@ def assert_same_weights(converted, model, *, rows: int | None = None) -> None:
 )
 def test_every_naming_converts(family, naming, tmp_path):
     """What is written loads as what was converted; leftovers of the authors' training are ignored."""
-    model = tiny_model(family, has_gate=family != "llava")
+    model = tiny_model(family, has_gate=FAMILY[family].has_official_gate)
     extra = {"twig_head.weight": torch.zeros(320, 64)}
-    if family != "llava":
+    if FAMILY[family].has_budget:
         extra["model.twig_norm.weight"] = torch.zeros(64)
     source = write_folder(tmp_path / "source", model, naming, extra=extra)
     convert(source, tmp_path / "output")
     loaded = QZoomForConditionalGeneration.from_pretrained(tmp_path / "output")
     assert_same_weights(loaded, model)
     config = loaded.config
-    assert (config.branch_layer, config.branch_depth, config.has_gate) == (3, DEPTH, family != "llava")
-    assert config.position_alignment == (None if family == "llava" else "continuous")
+    assert (config.branch_layer, config.branch_depth, config.has_gate) == (3, DEPTH, FAMILY[family].has_official_gate)
+    assert config.position_alignment == ("continuous" if FAMILY[family].spec.mrope else None)
     assert loaded.dtype == torch.float32
     assert not hasattr(config.vlm_config, "twig_K")
 

@@ -8,6 +8,7 @@ import torch
 
 import modeling_qzoom.zoom_decisions_qzoom as decisions
 from modeling_qzoom.zoom_crops_qzoom import CropError
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
@@ -77,7 +78,7 @@ def choose_options(family: str, model, inputs: dict, spy: Spy, rng: random.Rando
         options["region_threshold"] = widest_gap(middle if len(middle) > 1 else cells, rng)
     if options["zoom"] == "auto":
         options["gate_threshold"] = widest_gap(gates, rng) if len(gates) > 1 else rng.choice([0.01, 0.99])
-    if family != "llava":
+    if FAMILY[family].has_budget:
         options["crop_max_tokens"] = rng.choice([6, 12, 24])
         options["position_alignment"] = rng.choice(["continuous", "sequential"])
     return options

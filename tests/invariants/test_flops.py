@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import modeling_qzoom.zoom_decisions_qzoom as decisions
 from modeling_qzoom import QZoomForConditionalGeneration
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, vlm_config
 
 
@@ -82,13 +83,13 @@ def large_model(family: str) -> QZoomForConditionalGeneration:
         "head_dim": 16,
         "vocab_size": 2048,
     }
-    if family == "llava":
+    if not FAMILY[family].has_budget:
         config["vision_config"] |= {"image_size": 196}
     else:
         config["vision_config"] |= {"out_hidden_size": 192}
     vlm = AutoModelForImageTextToText.from_config(type(vlm_config(family)).from_dict(config)).eval()
     vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = None, 0
-    budget = {} if family == "llava" else {"min_tokens": 100, "max_tokens": 150}
+    budget = FAMILY[family].budget(100, 150)
     return QZoomForConditionalGeneration.from_backbone(
         vlm, branch_layer=BRANCH_LAYER, branch_depth=BRANCH_DEPTH, zoom_config=budget
     )
@@ -96,7 +97,7 @@ def large_model(family: str) -> QZoomForConditionalGeneration:
 
 def large_inputs(family: str, rows: list[Row]) -> dict:
     """`make_inputs`, with LLaVA images of 14 × 14 tokens."""
-    if family != "llava":
+    if FAMILY[family].has_budget:
         return make_inputs(family, rows)
     inputs = make_inputs(family, [Row([piece for part in row.pieces for piece in _widen(part)]) for row in rows])
     images = sum(row.pieces.count(None) for row in rows)
@@ -156,7 +157,7 @@ def zoomed_form(model, inputs: dict, form: ClosedForm, report) -> int:
     """Decoder FLOPs of a row that zooms without asking the gate."""
     ids = inputs["input_ids"][0]
     prompt, visual = len(ids), int((ids == model.config.image_token_id).sum())
-    markers = 0 if model.config.vlm_config.model_type == "llava" else 2
+    markers = FAMILY[model.config.vlm_config.model_type].markers
     end = int((ids == model.config.image_token_id).nonzero()[-1, 0]) + 1 + markers // 2
     chunk = report.crop_tokens + markers + prompt - end
     return (
@@ -209,7 +210,7 @@ def test_a_mixed_batch_costs_its_rows(family):
     model = large_model(family)
     rows = [ROW, Row(["Q" * 40, None, ROW.pieces[2].upper()], ROW.grids, seed=2)]
     inputs, singles = large_inputs(family, rows), [large_inputs(family, [row]) for row in rows]
-    if family == "llava":
+    if not FAMILY[family].has_budget:
         for name in ("pixel_values", "source_images"):
             singles = [{**single, name: inputs[name][row : row + 1]} for row, single in enumerate(singles)]
     _, reports = generate_flops(model, inputs, zoom="auto", gate_threshold=0, **PEAK)

@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_qzoom.backbone_cache_qzoom import CACHE
 from modeling_qzoom.backbones_qzoom import BACKBONES
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
 
 
@@ -158,11 +159,8 @@ def video_inputs(family: str, rows: list[Row], frames: int = 2) -> dict:
     tokenizer = qwen_tokenizer()
     image, video = (tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video"))
     height, width = 2, 3
-    patch = 16 if family == "qwen3_vl" else 14
-    if family == "qwen3_vl":
-        block = ("<|vision_start|>" + "<|video_pad|>" * (height * width) + "<|vision_end|>") * frames
-    else:
-        block = "<|vision_start|>" + "<|video_pad|>" * (height * width * frames) + "<|vision_end|>"
+    patch = FAMILY[family].patch
+    block = FAMILY[family].video_text(frames, height * width)
     inputs = make_inputs(family, [Row(["film " + block + "what happens?"]), *rows])
     inputs["pixel_values_videos"] = torch.randn(4 * height * width * frames, 6 * patch * patch)
     inputs["video_grid_thw"] = torch.tensor([[frames, 2 * height, 2 * width]])
@@ -172,7 +170,7 @@ def video_inputs(family: str, rows: list[Row], frames: int = 2) -> dict:
 
 
 # LLaVA-1.5 takes no videos
-@pytest.mark.parametrize("pair", [model for model in MODELS if model[0] != "llava"], indirect=True)
+@pytest.mark.parametrize("pair", [model for model in MODELS if FAMILY[model[0]].takes_videos], indirect=True)
 @pytest.mark.parametrize("with_image_row", [False, True])
 def test_videos_pass_through_unzoomed(pair, with_image_row):
     family, model, vlm = pair

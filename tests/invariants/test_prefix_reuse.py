@@ -9,7 +9,8 @@ import torch
 
 import modeling_qzoom.zoom_decisions_qzoom as decisions
 from modeling_qzoom.zoom_crops_qzoom import Crop
-from tests.tiny import FAMILIES, Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
+from tests.families import FAMILY
+from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, qwen_tokenizer, tiny_model, tiny_vlm
 
 
 NEW_TOKENS = 3
@@ -56,12 +57,12 @@ def covered_cells(heatmap: torch.Tensor) -> tuple[int, int, int, int]:
 
 def fused_prompt(family: str, inputs: dict, report, crop: Crop) -> tuple[dict, slice]:
     """Inputs of the plain VLM for one row's fused prompt, and where the crop's tokens are in it."""
-    tokenizer = llava_tokenizer() if family == "llava" else qwen_tokenizer()
+    tokenizer = FAMILY[family].tokenizer()
     patches, grid = crop.pixel_values, crop.patch_grid
     ids, pixels = inputs["input_ids"][0], inputs["pixel_values"]
-    image_token = tokenizer.convert_tokens_to_ids("<image>" if family == "llava" else "<|image_pad|>")
+    image_token = tokenizer.convert_tokens_to_ids(FAMILY[family].image_token)
     columns = (ids == image_token).nonzero()[:, 0]
-    if family == "llava":
+    if not FAMILY[family].has_budget:
         sizes, before, after = [16] * len(pixels), [], []
         patch_sizes, count = [1] * len(pixels), 16
     else:
@@ -80,7 +81,7 @@ def fused_prompt(family: str, inputs: dict, report, crop: Crop) -> tuple[dict, s
         "input_ids": torch.cat([ids[:end], block, ids[end:]])[None],
         "pixel_values": torch.cat([pixels[:split], patches, pixels[split:]]),
     }
-    if family != "llava":
+    if FAMILY[family].has_budget:
         fused["image_grid_thw"] = torch.cat([thw[: image + 1], torch.tensor([grid]), thw[image + 1 :]])
         fused["mm_token_type_ids"] = (fused["input_ids"] == image_token).int()
     return fused, place
@@ -110,7 +111,7 @@ def reference_positions(vlm, fused: dict, place: slice, report, alignment: str) 
 def reference_logits(vlm, family: str, inputs: dict, report, crop, new_tokens, alignment: str) -> torch.Tensor:
     """(NEW_TOKENS, vocabulary) logits of one plain forward over the fused prompt and the tokens after it."""
     fused, place = fused_prompt(family, inputs, report, crop)
-    if family != "llava":
+    if FAMILY[family].has_budget:
         positions = reference_positions(vlm, fused, place, report, alignment)
         steps = positions[..., -1:] + torch.arange(1, NEW_TOKENS)
         fused["position_ids"] = torch.cat([positions, steps], dim=-1)

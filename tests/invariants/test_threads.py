@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import modeling_qzoom.zoom_decisions_qzoom as decisions
 from modeling_qzoom.backbone_cache_qzoom import CACHE
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tiny_vlm
 
 
@@ -43,7 +44,7 @@ def requests(family: str) -> list[tuple[dict, dict]]:
     """(inputs, options) of calls that have little in common."""
     long, short, text = (make_inputs(family, rows) for rows in (LONG, SHORT, TEXT))
     calls = [(long, AUTO), (short, ZOOM), (text, ZOOM), (long, {"zoom": "never"}), (short, AUTO), (long, ZOOM)]
-    if family != "llava":
+    if FAMILY[family].has_budget:
         calls.append((long, {**ZOOM, "position_alignment": "sequential", "crop_max_tokens": 8}))
     return calls
 

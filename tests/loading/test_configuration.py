@@ -9,6 +9,7 @@ from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 from modeling_qzoom.backbones_qzoom import spec_for_model_type
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, tiny_model, vlm_config
 
 
@@ -88,7 +89,7 @@ def test_delegated_attributes(family):
     assert config.get_text_config(decoder=True).num_hidden_layers == 6
     assert config.image_token_id == config.vlm_config.image_token_id
     assert config.vision_config is config.vlm_config.vision_config
-    assert config.video_token_id == (None if family == "llava" else config.vlm_config.video_token_id)
+    assert config.video_token_id == (config.vlm_config.video_token_id if FAMILY[family].takes_videos else None)
     assert config.sub_configs.keys() == {"vlm_config"}
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from tests.families import FAMILY
 from tests.loading_fixtures import (
     CLOSE,
     ZOOM_CONFIG,
@@ -54,7 +55,9 @@ def test_branches_are_copies_of_the_layers_above_k(family, layout, tmp_path):
     if layout != "object":
         source = plain_folder(family, tmp_path / "base", save_original_format=layout == "hub")
         nested = any(name.startswith("model.language_model.layers") for name in weight_names(source))
-        assert nested == (layout == "flat" or family == "qwen3_vl")  # the layouts do differ where a family has two
+        assert nested == (
+            layout == "flat" or not FAMILY[family].two_layouts
+        )  # the layouts do differ where a family has two
     model = QZoomForConditionalGeneration.from_backbone(
         source, branch_layer=2, branch_depth=3, zoom_config=ZOOM_CONFIG[family]
     )
@@ -277,10 +280,8 @@ def test_attention_implementation_can_be_switched(qwen):
 
 def test_offloaded_to_cpu_and_disk(saved, tmp_path):
     family, _, model, folder = saved
-    vision = "vlm.model.vision_tower" if family == "llava" else "vlm.model.visual"
-    device_map = {vision: "cpu", "vlm.model.language_model": "disk", "vlm.lm_head": "disk", "zoom": "disk"}
-    if family == "llava":
-        device_map["vlm.model.multi_modal_projector"] = "cpu"
+    device_map = {"vlm.model.language_model": "disk", "vlm.lm_head": "disk", "zoom": "disk"}
+    device_map |= {f"vlm.{name}": "cpu" for name in FAMILY[family].vision_modules}
     offloaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert next(offloaded.zoom.gate.parameters()).device.type == "meta"
     assert next(offloaded.get_decoder().layers[0].parameters()).device.type == "meta"
@@ -304,7 +305,7 @@ def _gradients(model, family: str, mode: str) -> dict[str, torch.Tensor]:
     sources = inputs.pop("source_images")
     model.zero_grad(set_to_none=True)
     if mode == "branches":
-        grids = [(4, 4), (4, 4)] if family == "llava" else [(4, 5), (2, 3)]
+        grids = FAMILY[family].grids((4, 5), (2, 3))
         targets = [(torch.rand(1, *grid, generator=torch.Generator().manual_seed(1)) > 0.5).float() for grid in grids]
         loss = model(**inputs, region_targets=targets, gate_targets=torch.tensor([1.0, 0.0])).loss
     else:

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import LlavaImageProcessor, Qwen2VLImageProcessor
 
 from modeling_qzoom import QZoomProcessor
+from tests.families import FAMILY
 from tests.processing_fixtures import (
     PROCESSORS,
     chat,
@@ -46,11 +47,12 @@ def test_batch_of_chats(family):
     floats = [key for key, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()]
     assert floats == ["pixel_values"]
     assert set(inputs) <= set(processor.model_input_names)
-    assert ("source_boxes" in inputs) == ("source_boxes" in processor.model_input_names) == (family == "llava")
+    has_boxes = FAMILY[family].fixed_grid is not None
+    assert ("source_boxes" in inputs) == ("source_boxes" in processor.model_input_names) == has_boxes
     # left padding: every row ends with the prompt's last token
     mask = inputs["attention_mask"]
     assert mask[:, -1].all() and not mask[1, 0] and (mask.diff(dim=1) >= 0).all()
-    expected = [16, 0, 32] if family == "llava" else [12, 0, (inputs["image_grid_thw"][1:].prod(1) // 4).sum().item()]
+    expected = [12, 0, (inputs["image_grid_thw"][1:].prod(1) // 4).sum().item()] if not has_boxes else [16, 0, 32]
     assert token_counts(processor, inputs) == expected
 
 
@@ -62,7 +64,9 @@ def test_equals_the_backbones_own_processor(family):
     texts = processor.apply_chat_template(chats, add_generation_prompt=True)
     images = [turn["content"][0]["image"] for turns in chats for turn in turns]
     stock = processor.backbone_processor(images=images, text=texts, padding=True, return_tensors="pt")
-    assert set(inputs) - set(stock) == {"source_images"} | ({"source_boxes"} if family == "llava" else set())
+    assert set(inputs) - set(stock) == {"source_images"} | (
+        {"source_boxes"} if not FAMILY[family].has_budget else set()
+    )
     assert all(torch.equal(inputs[key], stock[key]) for key in stock)
 
 

@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from modeling_qzoom import QZoomProcessor, processing_qzoom
+from tests.families import FAMILY
 from tests.processing_fixtures import (
     LLAVA_ARGUMENTS,
     PROCESSORS,
@@ -54,7 +55,7 @@ def settings(processor) -> dict:
 
 @families
 def test_round_trip(family, tmp_path):
-    budget = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 30}
+    budget = FAMILY[family].budget(4, 30)
     processor = PROCESSORS[family](max_source_pixels=10**6, **budget)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
@@ -63,7 +64,7 @@ def test_round_trip(family, tmp_path):
     loaded = QZoomProcessor.from_pretrained(tmp_path)
     assert settings(loaded) == settings(processor) and loaded.tokenizer.padding_side == "left"
     assert_same(process(loaded, some_chats()), process(processor, some_chats()))
-    if family != "llava":
+    if FAMILY[family].has_budget:
         assert QZoomProcessor.from_pretrained(tmp_path, max_tokens=9).max_tokens == 9
 
 
@@ -75,7 +76,7 @@ def test_auto_class_loads_our_code_from_the_folder(tmp_path):
 import sys
 from transformers import AutoProcessor
 from PIL import Image
-for name in ("qwen2_5_vl", "qwen3_vl", "llava"):
+for name in sys.argv[2:]:
     processor = AutoProcessor.from_pretrained(f"{sys.argv[1]}/{name}", trust_remote_code=True)
     assert "modeling_qzoom" not in sys.modules and processor.backbone_model_type == name
     content = [{"type": "image", "image": Image.new("L", (80, 60))}, {"type": "text", "text": "hi"}]
@@ -89,7 +90,11 @@ print("loaded")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", script, str(tmp_path), *PROCESSORS],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert run.stdout.strip().endswith("loaded"), run.stderr[-2000:]
 
@@ -136,7 +141,7 @@ def save_plain_folder(folder, family: str) -> QZoomProcessor:
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
-    if family == "llava":
+    if not FAMILY[family].has_budget:
         (folder / "processor_config.json").write_text(
             json.dumps({**LLAVA_ARGUMENTS, "processor_class": "LlavaProcessor"})
         )
@@ -146,7 +151,7 @@ def save_plain_folder(folder, family: str) -> QZoomProcessor:
 @families
 def test_from_backbone_folder(family, tmp_path):
     expected = save_plain_folder(tmp_path, family)
-    budget = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 9}
+    budget = FAMILY[family].budget(4, 9)
     processor = QZoomProcessor.from_backbone(str(tmp_path), **budget)
     assert settings(processor) == {**settings(expected), **budget}
     assert_same(process(processor, some_chats()), process(PROCESSORS[family](**budget), some_chats()))
@@ -186,7 +191,9 @@ def test_delegated_names(family):
     assert processor.batch_decode(ids, skip_special_tokens=True) == ["ab", "c"]
     assert processor.post_process_image_text_to_text(ids) == stock.post_process_image_text_to_text(ids) == ["ab", "c"]
     assert processor.decode(ids[0]) == "ab"
-    assert processor._get_num_multimodal_tokens([(84, 112)])["num_image_tokens"] == [16 if family == "llava" else 12]
+    assert processor._get_num_multimodal_tokens([(84, 112)])["num_image_tokens"] == [
+        16 if not FAMILY[family].has_budget else 12
+    ]
 
 
 @families
@@ -209,7 +216,7 @@ def test_pipeline_hands_the_sources_to_generate(family):
     rows = calls[1]["source_images"]
     assert [[tuple(image.shape) for image in row] for row in rows] == [[(3, 84, 112)], [(3, 56, 84), (3, 90, 60)]]
     assert calls[1]["attention_mask"][:, -1].all()
-    if family == "llava":
+    if not FAMILY[family].has_budget:
         assert calls[1]["source_boxes"].tolist() == [[14, 0, 98, 84], [14, 0, 70, 56], [0, 15, 60, 75]]
     pipe(images=noise(56, 56), text=processor.image_token, max_new_tokens=1)
     assert len(calls[2]["source_images"]) == 1

@@ -10,13 +10,14 @@ from modeling_qzoom.asking.fingerprints import backbone_fingerprint
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.training.common.config import LabelConfig
 from modeling_qzoom.training.common.label_store import Manifest, make_labels
+from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS, noise
 from tests.tiny import tiny_model
 
 
 def budget(family: str) -> dict[str, int]:
     """LLaVA takes no budget."""
-    return {} if family == "llava" else {"min_tokens": 4, "max_tokens": 16}
+    return FAMILY[family].budget(4, 16)
 
 
 def write_model(folder: Path, family: str, **zoom_config) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
@@ -139,7 +140,7 @@ def test_inserted_positions_have_no_labels(family):
     box = (0, 0, 110, 120)
     output = model(**inputs, labels=inputs["input_ids"], zoom_boxes=[box])
     image = model.config.image_token_id
-    markers = 0 if family == "llava" else 2
+    markers = FAMILY[family].markers
     end = int((ids == image).nonzero()[-1, 0]) + 1 + markers // 2
     inserted = output.logits.shape[1] - len(ids)
     assert inserted > markers

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
@@ -22,7 +23,7 @@ def family(request) -> str:
 
 
 def grids(family: str, row: Row) -> list[tuple[int, int]]:
-    return [(4, 4)] * row.pieces.count(None) if family == "llava" else row.grids
+    return FAMILY[family].grids(*row.grids)
 
 
 def draw_targets(family: str, rows: list[Row], queries: int = 1, seed: int = 0) -> list[list[torch.Tensor] | None]:

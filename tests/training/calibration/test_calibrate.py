@@ -23,6 +23,7 @@ from modeling_qzoom.training.calibration.operating_points import (
     gate_thresholds,
     gated_points,
 )
+from tests.families import FAMILY
 from tests.tiny import FAMILIES, tiny_model, tiny_vlm
 from tests.training.fusion.test_mine import answer_rows
 from tests.training.stage_fixtures import budget, write_data, write_model
@@ -176,7 +177,7 @@ def direct(model: str, data: str, **options) -> dict[str, float]:
 def test_presets_do_what_the_report_says(prepared, tmp_path):
     family, model, data = prepared
     weights = (Path(model) / "model.safetensors").read_bytes()
-    budgets = [] if family == "llava" else [6, 12]
+    budgets = [] if not FAMILY[family].has_budget else [6, 12]
     report = tmp_path / "deep" / "report.json"
     output = tmp_path / "out"
     calibrate.run(

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from modeling_qzoom.training.__main__ import main
 from modeling_qzoom.training.common.label_store import read_labels
 from modeling_qzoom.training.stages import STAGES
+from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES, tiny_vlm
 from tests.training.stage_fixtures import write_data, write_model, write_region_labels
@@ -62,7 +63,7 @@ def test_heads_then_labels_from_a_plain_vlm(family, data, tmp_path) -> None:
     tiny_vlm(family).save_pretrained(tmp_path / "vlm")
     PROCESSORS[family]().backbone_processor.save_pretrained(tmp_path / "vlm")
     options = {"model": str(tmp_path / "vlm"), "branch_layer": 3, "branch_depth": 2, "max_new_tokens": 4}
-    if family != "llava":
+    if FAMILY[family].has_budget:
         options["max_tokens"] = 16
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(options))
     command = ["--config", str(tmp_path / "model.yaml")]

@@ -16,6 +16,7 @@ from modeling_qzoom.training.regions.attention import (
     response_maps,
     share_images,
 )
+from tests.families import FAMILY
 from tests.processing_fixtures import noise
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tiny_vlm
 from tests.training.stage_fixtures import budget, write_model
@@ -71,7 +72,7 @@ def test_maps_equal_those_of_eager_attention(family, model, eager, query_tokens)
     maps = response_maps(model, inputs, responses, None, query_tokens)
     for row, response, found in zip(ROWS, responses, maps, strict=True):
         single = plain_inputs(make_inputs(family, [row]))
-        assert found.shape[1:] == ((4, 4) if family == "llava" else row.grids[0])
+        assert found.shape[1:] == FAMILY[family].grids(*row.grids)[0]
         expected = _expected(eager, single, response, query_tokens)
         torch.testing.assert_close(found.flatten(1), expected, atol=CLOSE, rtol=0)
 

@@ -20,6 +20,7 @@ from modeling_qzoom.training.common.label_store import labelled_rows, read_label
 from modeling_qzoom.training.regions.config import LabelRegionsConfig, TriStateConfig
 from modeling_qzoom.training.regions.label import RegionLabeler, run
 from modeling_qzoom.training.regions.rule import load_region_targets
+from tests.families import FAMILY
 from tests.tiny import FAMILIES
 from tests.training.stage_fixtures import budget, write_data, write_model
 
@@ -74,10 +75,10 @@ def test_records_of_every_family(family, data, tmp_path) -> None:
         )
         cells = record["height"] * record["width"]
         assert len(record["grounding"]) == len(record["sinks"]) == cells
-        assert cells == 16 if family == "llava" else 4 <= cells <= 16
+        assert cells == 16 if not FAMILY[family].has_budget else 4 <= cells <= 16
         assert 0 < sum(record["grounding"]) < 1 and 0 < sum(record["sinks"]) < 1
         assert record["image_width"] == row.load_image().width and record["box"] is None
-        assert (record["content"] is not None) == (family == "llava")
+        assert (record["content"] is not None) == (not FAMILY[family].has_budget)
         assert set(load_region_targets(record, (3, 3), TriStateConfig()).unique().tolist()) <= {1, 0, -100}
 
 
