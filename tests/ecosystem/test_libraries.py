@@ -7,6 +7,7 @@ from accelerate import Accelerator, disk_offload, dispatch_model, init_empty_wei
 from transformers import AutoModelForImageTextToText
 
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
+from tests.families import FAMILY
 from tests.generation_fixtures import mixed
 from tests.loading_fixtures import CLOSE
 from tests.processing_fixtures import PROCESSORS, noise
@@ -24,7 +25,7 @@ CALL = {"max_new_tokens": 4, "do_sample": False}
 
 
 def processor_of(family: str) -> QZoomProcessor:
-    return PROCESSORS[family](**({} if family == "llava" else {"min_tokens": 4, "max_tokens": 16}))
+    return PROCESSORS[family](**(FAMILY[family].budget(4, 16)))
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 import modeling_qzoom
+from tests.families import FAMILY
 from tests.generation_fixtures import shared_model
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs
@@ -264,7 +265,7 @@ def bad_zoom_boxes(rng: random.Random, inputs: dict) -> tuple[str, dict[str, Any
 def draw_generate(rng: random.Random, family: str) -> Draw:
     inputs = make_inputs(family, _rows(rng))
     kinds: list[Callable] = [bad_ids, bad_pixels, bad_sources, bad_boxes, bad_option, misspelt_option]
-    kinds += [] if family == "llava" else [bad_grid, bad_types]
+    kinds += [] if not FAMILY[family].has_budget else [bad_grid, bad_types]
     kind = rng.choice([*kinds, bad_mask])
     if kind in (bad_option, misspelt_option):
         name, changes = kind(rng)
@@ -281,7 +282,7 @@ def draw_generate(rng: random.Random, family: str) -> Draw:
 def draw_forward(rng: random.Random, family: str) -> Draw:
     inputs = make_inputs(family, _rows(rng))
     kinds: list[Callable] = [bad_ids, bad_pixels, bad_sources, bad_boxes, bad_targets, bad_zoom_boxes, bad_mask]
-    kinds += [] if family == "llava" else [bad_grid, bad_types]
+    kinds += [] if not FAMILY[family].has_budget else [bad_grid, bad_types]
     kind = rng.choice(kinds)
     name, changes = kind(rng, inputs, padding=False) if kind is bad_mask else kind(rng, inputs)
     if kind is bad_targets:
@@ -303,7 +304,7 @@ def draw_processor(rng: random.Random, family: str) -> Draw:
     place = PLACEHOLDER.get(family, "<|vision_start|><|image_pad|><|vision_end|>")
     image = Image.new("RGB", (rng.randrange(30, 90), rng.randrange(30, 90)))
     text = f"see {place} there"
-    tokens = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 24}
+    tokens = FAMILY[family].budget(4, 24)
     forms: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "an image too few": ({"images": [], "text": text}, {}),
         "an image too many": ({"images": [image, image], "text": text}, {}),

@@ -5,9 +5,10 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
+from tests.families import FAMILY
 from tests.generation_fixtures import always, mixed, mixed_singles
 from tests.invariants.test_prefix_reuse import CropSpy, fused_prompt
-from tests.tiny import FAMILIES, Row, llava_tokenizer, make_inputs, plain_inputs, qwen_tokenizer, tiny_model
+from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
 # peft asks transformers in a way that transformers 5.23 has deprecated
@@ -91,7 +92,7 @@ def test_an_error_leaves_no_adapters_behind(family, wrong):
 
 
 def activated(family: str, **settings):
-    tokenizer = llava_tokenizer() if family == "llava" else qwen_tokenizer()
+    tokenizer = FAMILY[family].tokenizer()
     tokens = tokenizer(INVOCATION, add_special_tokens=False)["input_ids"]
     torch.manual_seed(4)
     lora = LoraConfig(

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from tests.families import FAMILY
 from tests.generation_fixtures import always, shared_model
 from tests.invariants.test_prefix_reuse import CropSpy, fused_prompt
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
-mrope_families = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llava"])
+mrope_families = pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILY[family].has_budget])
 NEW_TOKENS = 4
 ROWS = [
     Row(["look here ", None, " and say what it is"], [(2, 5)], 11),
@@ -106,7 +107,7 @@ def test_a_zoomed_row_equals_the_plain_model_on_the_fused_prompt(family, place, 
         "start marker": [(0, start - 1, start)],
         "end marker": [(0, end, end + 1)],
     }[place]
-    if family == "llava" and "marker" in place:
+    if not FAMILY[family].has_budget and "marker" in place:
         pytest.skip("the family has no markers")
     masked = hide(inputs, *holes)
     output = run(family, masked, **always(position_alignment="sequential"))
@@ -115,7 +116,7 @@ def test_a_zoomed_row_equals_the_plain_model_on_the_fused_prompt(family, place, 
     crop = spy.crops[inputs["source_images"][0].data_ptr()]
     fused, crop_place = fused_prompt(family, plain_inputs(inputs), report, crop)
     inserted = fused["input_ids"].shape[1] - length
-    split = end if family == "llava" else end + 1
+    split = end if not FAMILY[family].has_budget else end + 1
     mask = masked["attention_mask"]
     mask = torch.cat([mask[:, :split], mask.new_ones(1, inserted), mask[:, split:]], dim=1)
     expected = model.vlm.generate(

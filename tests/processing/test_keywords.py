@@ -10,6 +10,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
 from modeling_qzoom import QZoomProcessor
+from tests.families import FAMILY
 from tests.processing_fixtures import (
     LLAVA_ARGUMENTS,
     PROCESSORS,
@@ -52,7 +53,7 @@ def test_rows_are_padded_where_the_call_says(family):
 
 @families
 def test_training_takes_rows_padded_on_the_right_and_generation_does_not(family):
-    budget = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 24}
+    budget = FAMILY[family].budget(4, 24)
     processor, model = PROCESSORS[family](**budget), tiny_model(family)
     chats = [chat(noise(90, 120, 1), "a"), chat(noise(120, 90, 2), "a longer question")]
     losses = []

@@ -12,6 +12,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import BatchFeature
 
 from modeling_qzoom.source_images_qzoom import SourceImages
+from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS, chat, noise, process, qwen_processor
 from tests.tiny import tiny_model
 
@@ -25,7 +26,7 @@ def some_sources() -> SourceImages:
 
 @pytest.mark.parametrize("family", list(PROCESSORS))
 def test_the_usual_line_moves_every_input(family):
-    budget = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 24}
+    budget = FAMILY[family].budget(4, 24)
     inputs = process(PROCESSORS[family](**budget), [chat(noise(120, 90, 3), "what?")])
     moved = {name: value.to("cpu") for name, value in inputs.items()}
     model = tiny_model(family)

@@ -6,6 +6,7 @@ import torch
 
 from modeling_qzoom.prompt_qzoom import ImageSpan
 from modeling_qzoom.zoom_request_qzoom import collect_sources
+from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS, noise
 from tests.tiny import random_source, tiny_model
 
@@ -91,7 +92,7 @@ def test_the_callers_arrays_are_not_changed():
 
 @pytest.mark.parametrize("family", list(PROCESSORS))
 def test_a_stored_row_is_answered_like_a_fresh_one(family):
-    budget = {} if family == "llava" else {"min_tokens": 4, "max_tokens": 24}
+    budget = FAMILY[family].budget(4, 24)
     processor, model = PROCESSORS[family](**budget), tiny_model(family)
     inputs = processor(images=[noise(90, 60, 5)], text=[f"{processor.image_token}how many?"])
     expected = model.generate(**inputs, zoom="always", max_new_tokens=3)
