@@ -3,6 +3,36 @@
 from typing import Any
 
 
+# rows of `short_table`: what is counted, its format, and the figure of each arm
+_SHORT = (
+    (
+        "right answers, small print",
+        ".1%",
+        "fine_accuracy_plain_coarse",
+        "fine_accuracy_auto",
+        "fine_accuracy_plain_8x",
+    ),
+    ("right answers, large print", ".1%", "coarse_accuracy_plain", "coarse_accuracy_zoom", ""),
+    ("rows that zoom, small print", ".1%", "", "zoomed_share_fine", ""),
+    ("rows that zoom, large print", ".1%", "", "zoomed_share_coarse", ""),
+    (
+        "tokens of a row, small print",
+        ".0f",
+        "visual_tokens_fine_plain",
+        "visual_tokens_fine_auto",
+        "visual_tokens_fine_plain_8x",
+    ),
+    ("tokens of a row, large print", ".0f", "visual_tokens_coarse_plain", "visual_tokens_coarse_auto", ""),
+    (
+        "GFLOPs of a prefill, small print",
+        ".1f",
+        "prefill_gflops_fine_plain",
+        "prefill_gflops_fine_auto",
+        "prefill_gflops_fine_plain_8x",
+    ),
+)
+
+
 def _interval(measured: dict[str, Any], name: str) -> str:
     low, high = measured.get("intervals", {}).get(name, (None, None))
     return "" if low is None else f"{low:.3f} – {high:.3f}"
@@ -28,6 +58,23 @@ def figure_table(measured: dict[str, Any], shifted: dict[str, Any] | None = None
             lines.append(f"| {name} | {value:.3f} | | {_beside(shifted, 'other', name)} |")
     conditions = ", ".join(f"{name} {value}" for name, value in measured["conditions"].items() if name != "command")
     return "\n".join(lines) + f"\n\n`{measured['conditions']['command']}`: {conditions}."
+
+
+def short_table(measured: dict[str, Any]) -> str:
+    """The README's table: Q-Zoom between the plain model at the same budget and at eight times it.
+
+    Args:
+        measured: on the test split, as for `figure_table`.
+    """
+    values, budget = measured["other"] | measured["summary"], measured["conditions"]["coarse_budget"][1]
+    lines = [
+        f"| | plain, {budget} tokens | Q-Zoom, {budget} tokens | plain, {8 * budget} tokens |",
+        "|---|---|---|---|",
+    ]
+    for name, form, *figures in _SHORT:
+        cells = [f"{values[figure]:{form}}" if figure else "" for figure in figures]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def page_kind_table(measured: dict[str, Any]) -> str | None:

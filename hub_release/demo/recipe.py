@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hub_release.card.tables import figure_table, page_kind_table, spread_table  # noqa: E402
+from hub_release.card.tables import figure_table, page_kind_table, short_table, spread_table  # noqa: E402
 from hub_release.demo.backbone.loop import load_state  # noqa: E402
 from hub_release.demo.backbone.model import build_backbone, demo_config  # noqa: E402
 from hub_release.demo.backbone.samples import ALL_KINDS, SCENES  # noqa: E402
@@ -66,6 +66,7 @@ DECODER_STAGES = (
     DecoderStage("3-pages", 446, {"crop": 20, "whole": 36, "page": 20}, decay=0.0),
     DecoderStage("4-polish", 1338, {"crop": 10, "search": 30, "page": 40, "large": 12}, decay=0.9),
 )
+REPORT = Path(__file__).with_name("REPORT.md")
 MARKERS = ("<!-- figures -->", "<!-- end of figures -->")
 
 logger = logging.getLogger("train_demo")
@@ -210,9 +211,8 @@ def write_spread(folders: list[Path], output: Path, rows: int, jobs: int = 1) ->
     output.write_text(json.dumps({"seeds": len(folders), "rows": rows, "spread": spread}, indent=2) + "\n")
 
 
-def write_readme(text: str) -> None:
-    """Put the figures between the README's two markers."""
-    path = ROOT / "README.md"
+def write_figures(path: Path, text: str) -> None:
+    """Put figures between the two markers of a document."""
     before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
     path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
@@ -235,7 +235,7 @@ def history_of(times: dict[str, float]) -> str:
 
 
 def publish(source: Path, output: Path, clock: Clock, rows: int, jobs: int = 1) -> None:
-    """Write the checkpoint, measure it, and put the figures into its card and the README."""
+    """Write the checkpoint, measure it, and put the figures into its card, the report and the README."""
     model, processor = QZoomForConditionalGeneration.from_pretrained(source), QZoomProcessor.from_pretrained(source)
     write_checkpoint(model, processor, output)
     beside = {name: output.parent / f"{output.name}-{name}.json" for name in ("figures", "shifted", "seeds", "times")}
@@ -256,7 +256,8 @@ def publish(source: Path, output: Path, clock: Clock, rows: int, jobs: int = 1) 
         parts.append(spread_table(json.loads(beside["seeds"].read_text())))
     table, history = "\n\n".join(part for part in parts if part), history_of(clock.read())
     write_card(output, model, table, history)
-    write_readme(table + "\n\n" + history)
+    write_figures(ROOT / "README.md", short_table(figures))
+    write_figures(REPORT, table + "\n\n" + history)
 
 
 def main() -> None:

@@ -58,12 +58,12 @@ def test_the_history_tells_the_backbone_from_the_stages() -> None:
     assert "backbone in 2 minutes on a GPU" in text and "in 5 minutes on CPU cores" in text
 
 
-def test_figures_go_between_the_readme_s_markers(tmp_path, monkeypatch) -> None:
+def test_figures_go_between_the_markers_of_a_document(tmp_path) -> None:
     first, last = train_demo.MARKERS
-    assert (ROOT / "README.md").read_text().count(first) == 1
+    for document in (ROOT / "README.md", train_demo.REPORT):
+        assert document.read_text().count(first) == document.read_text().count(last) == 1
     (tmp_path / "README.md").write_text(f"before\n{first}\nold\n{last}\nbehind\n")
-    monkeypatch.setattr(train_demo, "ROOT", tmp_path)
-    train_demo.write_readme("new")
+    train_demo.write_figures(tmp_path / "README.md", "new")
     assert (tmp_path / "README.md").read_text() == f"before\n{first}\nnew\n{last}\nbehind\n"
 
 
