@@ -72,8 +72,8 @@ def short_table(measured: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, form, *figures in _SHORT:
-        cells = [f"{values[figure]:{form}}" if figure else "" for figure in figures]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = [f" {values[figure]:{form}} " if figure else " " for figure in figures]
+        lines.append(f"| {name} |{'|'.join(cells)}|")
     return "\n".join(lines)
 
 

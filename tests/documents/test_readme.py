@@ -4,6 +4,7 @@ What cannot happen here has a stand-in: models of the Hub are tiny random ones o
 install, train or measure for long are parsed by the program that would run them. A block of an unknown kind fails.
 """
 
+import json
 import re
 import subprocess
 
@@ -12,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from hub_release.build import build
+from hub_release.card.tables import figure_table, page_kind_table, short_table, spread_table
+from hub_release.demo.recipe import MARKERS, REPORT, history_of
 from modeling_qzoom.training.common.config_files import load_config
 from modeling_qzoom.training.stages import STAGES
 from tests.readme_fixtures import ROOT, Block, Reader, blocks, new_reader, promised_output, run_here
@@ -143,6 +146,24 @@ def test_block(block: Block, reader: Reader):
             f"README line {block.line}: a block marked {block.language!r} is neither run (python, bash, yaml) nor "
             f"one of {SHOWN}; mark it, or say in tests/documents/test_readme.py how it is checked"
         )
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_demo_are_those_of_its_figures():
+    """As `hub_release/demo/recipe.py` writes them; a number changed by hand would be a claim that no command makes."""
+
+    def held(kind):
+        return json.loads(CHECKPOINT.with_name(f"{CHECKPOINT.name}-{kind}.json").read_text())
+
+    def between_markers(path):
+        return path.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
+
+    figures = held("figures")
+    parts = [figure_table(figures, held("shifted")), page_kind_table(figures), spread_table(held("seeds"))]
+    assert between_markers(README) == short_table(figures)
+    assert between_markers(REPORT) == "\n\n".join([*parts, history_of(held("times"))])
 
 
 # --- the checks themselves -------------------------------------------------------------------------------------------
