@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import CheckpointError, InputError, QZoomError, UnsupportedError
 from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
 from .report_drawing_qzoom import overlay
@@ -18,10 +19,14 @@ from .report_qzoom import ZoomReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "InputError",
     "QZoomConfig",
+    "QZoomError",
     "QZoomForConditionalGeneration",
     "QZoomOutput",
     "QZoomProcessor",
+    "UnsupportedError",
     "ZoomReport",
     "overlay",
 ]

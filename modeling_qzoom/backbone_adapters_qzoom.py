@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .errors_qzoom import UnsupportedError
+
 
 _NAMES, _OFFSETS = "adapter_names", "alora_offsets"
 
@@ -96,7 +98,7 @@ def row_adapters(model: PreTrainedModel, rows: int, repeats: int) -> RowAdapters
         repeats: how often `generate` repeats each (beams, return sequences).
 
     Raises:
-        ValueError: entries for another number of rows, or for layers that do not run rows of the batch.
+        UnsupportedError: entries for another number of rows, or for layers that do not run rows of the batch.
     """
     layers = {name: module for name, module in model.named_modules() if _row_hooks(module)}
     if not layers:
@@ -108,7 +110,7 @@ def row_adapters(model: PreTrainedModel, rows: int, repeats: int) -> RowAdapters
     for name in (_NAMES, _OFFSETS):
         given = values.get(name)
         if given is not None and len(given) != rows * repeats:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{name} of peft has {len(given)} entries, but {rows * repeats} rows are generated ({rows} prompts, "
                 f"{repeats} of each). peft repeats them for num_beams passed to generate itself, and for nothing else."
             )
@@ -117,14 +119,14 @@ def row_adapters(model: PreTrainedModel, rows: int, repeats: int) -> RowAdapters
         text |= set() if head is None else {id(part) for part in head.modules()}
     visual = sorted(name for name, module in layers.items() if id(module) not in text)
     if visual:
-        raise ValueError(
+        raise UnsupportedError(
             f"adapter_names and activated LoRA choose by row of the batch, which the vision tower does not run: "
             f"{visual[0]} has an adapter. Leave it out of the adapter's target_modules."
         )
     offsets = values.get(_OFFSETS)
     scorer = {id(part) for part in model.zoom.region.scorer.modules()}
     if offsets is not None and any(id(module) in scorer for module in layers.values()):
-        raise ValueError(
+        raise UnsupportedError(
             "an activated LoRA on the region branch's scorer cannot tell where it begins, because the scorer sees "
             "single tokens. Leave zoom out of the adapter's target_modules."
         )
@@ -145,14 +147,16 @@ def remove_row_adapters(model: PreTrainedModel) -> None:
 
 
 def refuse_learned_prompt(model: PreTrainedModel) -> None:
-    """Raises:
-    ValueError: peft's prompt or prefix tuning would put a learned prompt in front, which the prefill does not see.
+    """Refuses peft's prompt learning in a call that may zoom.
+
+    Raises:
+        UnsupportedError: a learned prompt would stand in front, which the prefill does not see.
     """
     owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
     if owner is model:
         return
     kind = getattr(getattr(owner, "active_peft_config", None), "peft_type", type(owner).__name__)
-    raise ValueError(
+    raise UnsupportedError(
         f"a learned prompt ({getattr(kind, 'value', kind)}) cannot go with zooming: it is put in front of the prompt "
         "one forward pass at a time, and the zooming prefill runs parts of one. Adapt the model with LoRA instead. "
         "With zoom='never' the plain model decides about it."

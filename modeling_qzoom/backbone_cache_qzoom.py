@@ -1,14 +1,16 @@
 """The cache of keys and values: what transformers calls it, what a layer holds, and what travels on it."""
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
-
-# (B, 1) on a cache: how far the M-RoPE positions run ahead of the number of tokens
-POSITION_OFFSET = "qzoom_position_offset"
+from .errors_qzoom import InputError, UnsupportedError
+from .rows_qzoom import pick
 
 
 # What transformers calls the cache: as an argument, in the keyword arguments of generate, in outputs. 5.24 renamed it,
@@ -20,17 +22,74 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     """The cache of a call, which may name it either way whatever transformers is installed.
 
     Raises:
-        ValueError: both names are used.
+        InputError: both names are used.
     """
     if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument; pass one of them.")
+        raise InputError("past_key_values and cache are two names of one argument; pass one of them.")
     return cache if past_key_values is None else past_key_values
 
 
-def is_dynamic(cache: Cache) -> bool:
-    """Whether the cache is a plain growing one, whose layers may hold different lengths for a while."""
-    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-    return plain and all(type(layer) is DynamicLayer for layer in cache.layers)
+@dataclass(frozen=True)
+class CacheNotes:
+    """What later calls must know of a cache besides its keys and values.
+
+    Attributes:
+        position_offset: (B, 1), how far the M-RoPE positions run ahead of the number of tokens; None if not at all.
+        holds_crops: whether it holds a crop, which the prompt does not.
+    """
+
+    position_offset: Tensor | None = None
+    holds_crops: bool = False
+
+
+def notes_of(cache: Cache | None) -> CacheNotes:
+    """The notes on a cache; those of an unwritten one where there are none."""
+    notes: CacheNotes | None = getattr(cache, "qzoom_notes", None)
+    return CacheNotes() if notes is None else notes
+
+
+def write_notes(cache: Cache, *, position_offset: Tensor | None = None, holds_crops: bool | None = None) -> None:
+    """Adds to the notes on a cache what is given.
+
+    They are an attribute of the cache, whoever made it: they must go with it from turn to turn and into its copies.
+    """
+    notes = notes_of(cache)
+    if position_offset is not None:
+        notes = replace(notes, position_offset=position_offset)
+    if holds_crops is not None:
+        notes = replace(notes, holds_crops=holds_crops)
+    cache.qzoom_notes = notes
+
+
+def refuse_zoomed_cache(cache: Cache | None) -> None:
+    """Refuses to go on from a turn that zoomed.
+
+    Raises:
+        UnsupportedError: the cache holds crops of an earlier turn.
+    """
+    if cache is not None and notes_of(cache).holds_crops and cache.get_seq_length() > 0:
+        raise UnsupportedError(
+            "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
+            "crop goes is decided anew for every question. Pass the whole conversation without a cache."
+        )
+
+
+def zoomable_cache(cache: Cache | None) -> DynamicCache:
+    """The cache of a call that may zoom: a plain growing one, whose layers may differ in length for a while.
+
+    Raises:
+        UnsupportedError: another kind of cache, or none.
+    """
+    is_plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if cache is None or not is_plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kind = "no cache" if cache is None else type(cache).__name__
+        kind = f"an offloaded {kind}" if getattr(cache, "offloading", False) else kind
+        raise UnsupportedError(
+            "zooming needs a plain DynamicCache, because the crop's length is known only after the coarse pass; "
+            f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
+            "zoom='never'."
+        )
+    return cache
 
 
 def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
@@ -46,20 +105,37 @@ def set_layer_states(cache: DynamicCache, layer: int, keys: Tensor, values: Tens
         cache.update(keys, values, layer)
 
 
-_ZOOMED = "qzoom_holds_crops"  # set on caches
+def _gather_cached(states: Tensor, columns: Tensor) -> Tensor:
+    """(B, heads, n, d) at per-row (B, m) columns → (B, heads, m, d)."""
+    columns = columns.to(states.device)
+    index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, index)
 
 
-def mark_zoomed(cache: Cache) -> None:
-    """Notes on a cache that it holds crops, so that no later turn counts its tokens as the prompt's."""
-    setattr(cache, _ZOOMED, True)
+def take_columns(
+    config: PreTrainedConfig, cache: DynamicCache, layers: int, rows: Sequence[int], columns: Tensor
+) -> DynamicCache:
+    """A new cache with some rows' keys and values.
 
-
-def refuse_zoomed_cache(cache: Cache | None) -> None:
-    """Raises:
-    ValueError: the cache holds crops of an earlier turn.
+    Args:
+        config: the decoder's configuration.
+        layers: layers [0, layers) are taken.
+        rows: indices of the b rows.
+        columns: (b, m) of each row.
     """
-    if cache is not None and getattr(cache, _ZOOMED, False) and cache.get_seq_length() > 0:
-        raise ValueError(
-            "past_key_values comes from a turn that zoomed: it holds a crop that the prompt does not, and where the "
-            "crop goes is decided anew for every question. Pass the whole conversation without a cache."
-        )
+    part = DynamicCache(config=config)
+    for layer in range(layers):
+        keys, values = (_gather_cached(pick(states, rows), columns) for states in layer_states(cache, layer))
+        set_layer_states(part, layer, keys, values)
+    return part
+
+
+def take_last(
+    config: PreTrainedConfig, cache: DynamicCache, layers: int, rows: Sequence[int], length: int
+) -> DynamicCache:
+    """A new cache with the last `length` columns of some rows, in layers [0, layers)."""
+    part = DynamicCache(config=config)
+    for layer in range(layers):
+        keys, values = (pick(states, rows)[:, :, -length:] for states in layer_states(cache, layer))
+        set_layer_states(part, layer, keys, values)
+    return part

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from .errors_qzoom import CropError
+from .errors_qzoom import CropError, InputError
 
 
 # (height, width), in tokens or in pixels
@@ -55,7 +55,7 @@ class TokenGrid(ABC):
             image_grid_thw: (images, 3) grids in patches, where the family's processor makes them.
 
         Raises:
-            ValueError: image tokens without the grids, or a number of them that no images make.
+            InputError: image tokens without the grids, or a number of them that no images make.
         """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class NativeGrid(TokenGrid):
         if image_grid_thw is not None:
             return [(h // self.merge, w // self.merge) for _, h, w in image_grid_thw.tolist()]
         if image_tokens:
-            raise ValueError(
+            raise InputError(
                 "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
             )
         return []
@@ -158,7 +158,7 @@ class FixedGrid(TokenGrid):
     def token_grids(self, image_tokens: int, image_grid_thw: Tensor | None) -> list[Size]:
         height, width = self.token_grid
         if image_tokens % (height * width):
-            raise ValueError(
+            raise InputError(
                 f"{image_tokens} image tokens are not a multiple of the {height * width} that an image of this VLM "
                 "has."
             )

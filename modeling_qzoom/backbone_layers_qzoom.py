@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_cache_qzoom import CACHE
+from .errors_qzoom import UnsupportedError
 from .prompt_qzoom import DeepStack
 
 
@@ -22,12 +23,16 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def check_decoder(decoder: PreTrainedModel) -> None:
-    """Raises:
-    ValueError: the decoder has sliding-window layers, whose caches cannot hold two views of one image.
+    """Checks that every layer of a decoder attends to all earlier tokens.
+
+    Raises:
+        UnsupportedError: the decoder has sliding-window layers, whose caches cannot hold two views of one image.
     """
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ValueError(f"Q-Zoom needs full attention in every decoder layer; this backbone has {sorted(kinds)}.")
+        raise UnsupportedError(
+            f"Q-Zoom needs full attention in every decoder layer; this backbone has {sorted(kinds)}."
+        )
 
 
 def causal_mask(

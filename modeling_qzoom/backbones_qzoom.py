@@ -6,6 +6,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbone_grids_qzoom import FixedGrid, NativeGrid, TokenGrid
+from .errors_qzoom import UnsupportedError
 from .zoom_regions_qzoom import ArtifactRule, no_artifacts, zero_first_token_cells, zero_page_corner
 
 
@@ -75,10 +76,10 @@ def spec_for_model_type(model_type: str) -> BackboneSpec:
     """The row of a `model_type`.
 
     Raises:
-        ValueError: no such row; the message lists the known ones and says what a new one needs.
+        UnsupportedError: no such row; the message lists the known ones and says what a new one needs.
     """
     if model_type not in BACKBONES:
-        raise ValueError(
+        raise UnsupportedError(
             f"Q-Zoom has no row for model_type {model_type!r}; it knows {sorted(BACKBONES)}. A new one is a "
             "BackboneSpec in backbones_qzoom.py: the family's processor, how positions are made (M-RoPE or plain), "
             "whether the region head rotates queries and keys, the artifact rule of its heat map, and the tokens "

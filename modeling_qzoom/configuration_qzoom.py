@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
+from .errors_qzoom import CheckpointError
 from .zoom_options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
 
 
@@ -31,36 +32,38 @@ def refuse_misspelt(names: Iterable[str]) -> None:
     """Refuses names that are no fields but nearly are; other foreign names pass.
 
     Raises:
-        ValueError: names the field that was meant.
+        CheckpointError: names the field that was meant.
     """
     known = own_fields()
     for name in set(names) - known:
         close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=_MISSPELT)
         if close and not name.startswith("_"):
-            raise ValueError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
+            raise CheckpointError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
 
 
 def _as_vlm_config(value: Any) -> PreTrainedConfig:
     """The wrapped VLM's configuration, from any form that it may have.
 
     Raises:
-        ValueError: it is none, or not that of a supported VLM.
+        CheckpointError: it is none, or not that of a supported VLM.
     """
     if value is None:
         value = {"model_type": "qwen2_5_vl"}
     if isinstance(value, PreTrainedConfig):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"vlm_config must be a dict or a configuration of transformers, got {value!r}.")
+        raise CheckpointError(f"vlm_config must be a dict or a configuration of transformers, got {value!r}.")
     fields = dict(value)
     model_type = fields.pop("model_type", "qwen2_5_vl")
     if not isinstance(model_type, str):
-        raise ValueError(f"vlm_config: model_type must be a name, got {model_type!r}.")
+        raise CheckpointError(f"vlm_config: model_type must be a name, got {model_type!r}.")
     spec_for_model_type(model_type)  # its error is the clearer one
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise ValueError(f"vlm_config is no {model_type!r} configuration: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"vlm_config is no {model_type!r} configuration: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _checked_statistics(name: str, value: Any) -> list[float]:
@@ -71,9 +74,9 @@ def _checked_statistics(name: str, value: Any) -> list[float]:
         numbers = []
     usable = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
     if len(numbers) != 3 or not usable or not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"{name} must be three finite numbers, one a colour channel, got {value!r}.")
+        raise CheckpointError(f"{name} must be three finite numbers, one a colour channel, got {value!r}.")
     if name == "image_std" and min(numbers) <= 0:
-        raise ValueError(f"image_std must be above 0, since pixel values are divided by it, got {value!r}.")
+        raise CheckpointError(f"image_std must be above 0, since pixel values are divided by it, got {value!r}.")
     return numbers
 
 
@@ -118,8 +121,8 @@ class QZoomConfig(PreTrainedConfig):
         lora_subfolder (`str`, *optional*): where an add-on keeps the LoRA adapter that belongs to it.
 
     Raises:
-        ValueError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, a field of the wrong type or
-            out of range, a misspelt one, a preset that is unknown, sets something else or holds such an option, or
+        CheckpointError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, a field of the wrong
+            type or out of range, a misspelt one, a preset that is unknown, sets something else or holds such an option, or
             `tie_word_embeddings` other than the VLM's.
     """
 
@@ -169,13 +172,13 @@ class QZoomConfig(PreTrainedConfig):
         self.vlm_config: PreTrainedConfig = _as_vlm_config(vlm_config)
         spec = spec_for_config(self.vlm_config)
         if tied is not None and tied != self.tie_word_embeddings:
-            raise ValueError(
+            raise CheckpointError(
                 f"tie_word_embeddings={tied!r}, but vlm_config, which decides, says {self.tie_word_embeddings}; set "
                 "it there."
             )
         for name in _OF_THE_VLM:
             if name in kwargs and _as_json(kwargs.pop(name)) != _as_json(getattr(self, name)):
-                raise ValueError(f"{name} is the VLM's own and belongs into vlm_config, which says otherwise.")
+                raise CheckpointError(f"{name} is the VLM's own and belongs into vlm_config, which says otherwise.")
         self.branch_layer = branch_layer
         self.branch_depth = branch_depth
         self.has_gate = has_gate
@@ -202,35 +205,35 @@ class QZoomConfig(PreTrainedConfig):
         """Checks every field; what was assigned since is checked when a model is built or anything is saved.
 
         Raises:
-            ValueError: a sentence per misuse.
+            CheckpointError: a sentence per misuse.
         """
         if not isinstance(self.vlm_config, PreTrainedConfig):
-            raise ValueError(f"vlm_config must be a configuration of transformers, got {self.vlm_config!r}.")
+            raise CheckpointError(f"vlm_config must be a configuration of transformers, got {self.vlm_config!r}.")
         for name in ("branch_layer", "branch_depth"):
             setattr(self, name, python_number(getattr(self, name)))
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a whole number of decoder layers, got {value!r}.")
+                raise CheckpointError(f"{name} must be a whole number of decoder layers, got {value!r}.")
         spec = self.backbone
         num_layers = self.get_text_config().num_hidden_layers
         if self.branch_depth < 1 or self.branch_layer < 1:
-            raise ValueError(
+            raise CheckpointError(
                 f"branch_layer (K) and branch_depth (T) must be at least 1, got K={self.branch_layer}, "
                 f"T={self.branch_depth}."
             )
         if self.branch_layer + self.branch_depth > num_layers:
-            raise ValueError(
+            raise CheckpointError(
                 f"branch_layer + branch_depth = {self.branch_layer} + {self.branch_depth} exceeds the VLM's "
                 f"{num_layers} decoder layers; choose branch_layer ≤ {num_layers - self.branch_depth}."
             )
         if not isinstance(self.has_gate, bool):
-            raise ValueError(f"has_gate must be True or False, got {self.has_gate!r}.")
+            raise CheckpointError(f"has_gate must be True or False, got {self.has_gate!r}.")
         for name in ("image_mean", "image_std"):
             setattr(self, name, _checked_statistics(name, getattr(self, name)))
         self._check_budget()
         self._check_places()
         if not isinstance(self.presets, dict) or not all(isinstance(name, str) for name in self.presets):
-            raise ValueError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
+            raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
         for name in OPTION_NAMES:
             setattr(self, name, python_number(getattr(self, name)))  # JSON holds no NumPy scalars
         options = ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
@@ -243,9 +246,11 @@ class QZoomConfig(PreTrainedConfig):
             value = python_number(getattr(self, name))
             setattr(self, name, value)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+                raise CheckpointError(
+                    f"{name} must be a positive number of merged visual tokens or None, got {value!r}."
+                )
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).")
+            raise CheckpointError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).")
 
     def _check_places(self) -> None:
         for name in ("base_model_name_or_path", "base_model_revision", "lora_subfolder"):
@@ -254,10 +259,10 @@ class QZoomConfig(PreTrainedConfig):
                 value = os.fspath(value)
                 setattr(self, name, value)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{name} must be a name or None, got {value!r}.")
+                raise CheckpointError(f"{name} must be a name or None, got {value!r}.")
         place = PurePosixPath((self.lora_subfolder or "lora").replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts:
-            raise ValueError(f"lora_subfolder must be a folder inside the add-on's, got {self.lora_subfolder!r}.")
+            raise CheckpointError(f"lora_subfolder must be a folder inside the add-on's, got {self.lora_subfolder!r}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -280,7 +285,7 @@ class QZoomConfig(PreTrainedConfig):
         """As for any configuration of transformers.
 
         Raises:
-            ValueError: a field does not hold, or the folder holds another model's config.json.
+            CheckpointError: a field does not hold, or the folder holds another model's config.json.
         """
         self.check_fields()
         path = Path(save_directory) / "config.json"
@@ -290,7 +295,7 @@ class QZoomConfig(PreTrainedConfig):
             except (ValueError, AttributeError):
                 model_type = None
             if model_type != self.model_type:
-                raise ValueError(
+                raise CheckpointError(
                     f"{path} is not that of a Q-Zoom model (model_type {model_type!r}), and saving would overwrite "
                     "it; choose another folder."
                 )
@@ -304,7 +309,7 @@ class QZoomConfig(PreTrainedConfig):
     @tie_word_embeddings.setter
     def tie_word_embeddings(self, value: bool) -> None:
         if not isinstance(value, bool):
-            raise ValueError(f"tie_word_embeddings must be True or False, got {value!r}.")
+            raise CheckpointError(f"tie_word_embeddings must be True or False, got {value!r}.")
         for config in (self.vlm_config, self.get_text_config()):
             if hasattr(config, "tie_word_embeddings"):
                 config.tie_word_embeddings = value

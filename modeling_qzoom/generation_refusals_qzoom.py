@@ -1,11 +1,14 @@
 """Decoding features that cannot go with zooming: each refused with its own reason and the way out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
+from transformers.generation import GenerationMixin
 
 from .backbone_cache_qzoom import CACHE
+from .errors_qzoom import InputError, UnsupportedError
 
 
 _PLAIN = "With zoom='never' the plain model decides about it."
@@ -13,17 +16,19 @@ _EMBEDDED = "inputs_embeds hide where the images are; pass input_ids and pixel_v
 
 
 def check_padding(attention_mask: Tensor | None) -> None:
-    """Raises:
-    ValueError: a row is empty or padded on the right.
+    """Checks that every row has tokens and ends with one.
+
+    Raises:
+        InputError: a row is empty or padded on the right.
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return
     empty = (attention_mask == 0).all(1).nonzero()[:, 0].tolist()
     if empty:
-        raise ValueError(f"rows {empty} are empty: attention_mask hides every token of them. Leave these rows out.")
+        raise InputError(f"rows {empty} are empty: attention_mask hides every token of them. Leave these rows out.")
     wrong = (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"rows {wrong} are padded on the right; generation continues at the right end, so pad on the left "
             "(QZoomProcessor does; for another tokenizer set padding_side='left')."
         )
@@ -49,23 +54,23 @@ def refuse_hidden_images(kwargs: dict[str, Any], source_images: Any) -> None:
     """Checks a call that gives embeddings instead of ids.
 
     Raises:
-        ValueError: it gives images as well.
+        UnsupportedError: it gives images as well.
     """
     if source_images is not None or any(
         kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")
     ):
-        raise ValueError(_EMBEDDED)
+        raise UnsupportedError(_EMBEDDED)
 
 
 def refuse_batched_images(inputs: Sequence[Sequence[int]], image_token_id: int) -> None:
     """Checks a call of `generate_batch`.
 
     Raises:
-        ValueError: a prompt holds image tokens.
+        UnsupportedError: a prompt holds image tokens.
     """
     rows = [row for row, ids in enumerate(inputs) if image_token_id in ids]
     if rows:
-        raise ValueError(
+        raise UnsupportedError(
             f"generate_batch (paged generation) takes token ids only, but prompts {rows} hold image tokens; use "
             "generate."
         )
@@ -77,6 +82,59 @@ def first_setting(name: str, kwargs: dict[str, Any], generation_configs: Sequenc
     return next((value for value in values if value is not None), None)
 
 
+def _is_given(value: Any) -> bool:
+    return value is not None
+
+
+def _is_several(value: Any) -> bool:
+    return (value or 1) > 1
+
+
+_DRAFTS = "assisted and prompt-lookup decoding feed the whole prompt again, without the crop that the cache holds"
+_MOVED = (
+    "{name} selects a decoding loop that transformers loads from the Hub as custom_generate, without the prefill that "
+    "zooms"
+)
+_TWO_SEQUENCES = "{name}=True is not available while zooming: the layers see two different sequences"
+# setting, the values of it that are refused, and why
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("assistant_model", _is_given, _DRAFTS),
+    ("use_mtp", bool, _DRAFTS),
+    ("prompt_lookup_num_tokens", _is_given, _DRAFTS),
+    ("assistant_early_exit", _is_given, _DRAFTS),
+    ("custom_generate", _is_given, "custom_generate replaces the decoding loop and with it the prefill that zooms"),
+    ("penalty_alpha", bool, _MOVED),
+    ("dola_layers", bool, _MOVED),
+    ("constraints", bool, _MOVED),
+    ("force_words_ids", bool, _MOVED),
+    ("num_beam_groups", _is_several, _MOVED),
+    (
+        "synced_gpus",
+        bool,
+        "synced_gpus=True needs every process to run the same layers, but each row decides for itself whether to zoom",
+    ),
+    ("prefill_chunk_size", _is_given, "chunked prefill cannot stop between layers, where the gate decides"),
+    (
+        "cache_implementation",
+        lambda value: value == "paged",
+        "paged generation replaces generate by its own scheduler",
+    ),
+    (
+        "inputs_embeds",
+        _is_given,
+        "inputs_embeds hide where the images are; pass input_ids and pixel_values",
+    ),
+    (
+        CACHE,
+        lambda cache: cache is not None and cache.get_seq_length() > 0,
+        "past_key_values of an earlier turn cannot be continued with images in the prompt: where the crop goes is "
+        "decided anew for every question. Pass the whole conversation without a cache",
+    ),
+    ("output_attentions", bool, _TWO_SEQUENCES),
+    ("output_hidden_states", bool, _TWO_SEQUENCES),
+)
+
+
 def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[str, Any]) -> None:
     """Checks a call that may zoom.
 
@@ -86,70 +144,11 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
         kwargs: keyword arguments of `generate`, the cache under the name that transformers gives it.
 
     Raises:
-        ValueError: names the feature, the reason and the way out.
+        UnsupportedError: names the feature, the reason and the way out.
     """
-
-    def setting(name: str) -> Any:
-        return first_setting(name, kwargs, generation_configs)
-
-    # order of generate's own parameters after generation_config
-    positional = dict(
-        zip(
-            (
-                "logits_processor",
-                "stopping_criteria",
-                "prefix_allowed_tokens_fn",
-                "synced_gpus",
-                "assistant_model",
-                "streamer",
-                "negative_prompt_ids",
-                "negative_prompt_attention_mask",
-                "custom_generate",
-            ),
-            args,
-        )
-    )
-    named = {**positional, **kwargs}
-    drafting = ("prompt_lookup_num_tokens", "assistant_early_exit")
-    if (
-        named.get("assistant_model") is not None
-        or setting("use_mtp")
-        or any(setting(name) is not None for name in drafting)
-    ):
-        raise ValueError(
-            "assisted and prompt-lookup decoding feed the whole prompt again, without the crop that the cache holds. "
-            + _PLAIN
-        )
-    if named.get("custom_generate") is not None:
-        raise ValueError("custom_generate replaces the decoding loop and with it the prefill that zooms. " + _PLAIN)
-    elsewhere = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-    moved = [name for name in elsewhere if setting(name)]
-    if (setting("num_beam_groups") or 1) > 1:
-        moved.append("num_beam_groups")
-    if moved:
-        raise ValueError(
-            f"{moved[0]} selects a decoding loop that transformers loads from the Hub as custom_generate, without the "
-            "prefill that zooms. " + _PLAIN
-        )
-    if named.get("synced_gpus"):
-        raise ValueError(
-            "synced_gpus=True needs every process to run the same layers, but each row decides for itself whether it "
-            "zooms. " + _PLAIN
-        )
-    if setting("prefill_chunk_size") is not None:
-        raise ValueError("chunked prefill cannot stop between layers, where the gate decides. " + _PLAIN)
-    if setting("cache_implementation") == "paged":
-        raise ValueError("paged generation replaces generate by its own scheduler. " + _PLAIN)
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError(_EMBEDDED)
-    past = kwargs.get(CACHE)
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError(
-            "past_key_values of an earlier turn cannot be continued with images in the prompt: where the crop goes is "
-            "decided anew for every question. Pass the whole conversation without a cache. " + _PLAIN
-        )
-    for name in ("output_attentions", "output_hidden_states"):
-        if setting(name):
-            raise ValueError(
-                f"{name}=True is not available while zooming: the layers see two different sequences. " + _PLAIN
-            )
+    # positional arguments under the names that `generate` of transformers gives them
+    after_config = list(signature(GenerationMixin.generate).parameters)[3:]
+    named = {**dict(zip(after_config, args)), **kwargs}
+    for name, is_refused, reason in _REFUSED:
+        if is_refused(first_setting(name, named, generation_configs)):
+            raise UnsupportedError(f"{reason.format(name=name)}. {_PLAIN}")

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, is_accelerate_available, is_peft_available
 
+from .errors_qzoom import CheckpointError
 from .loading_fingerprints_qzoom import FINGERPRINT, base_fingerprint, check_base, check_base_weights
 from .loading_quantized_qzoom import aligned, dense_state, execution_device, is_quantized, vlm_recipe
 from .loading_weight_files_qzoom import (
@@ -57,7 +58,7 @@ def _base_files(base: str, **hub: Any) -> list[str]:
     """The safetensors files of the base model's repository or folder.
 
     Raises:
-        ValueError: nothing is there, or the index is damaged.
+        CheckpointError: nothing is there, or the index is damaged.
     """
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
     try:
@@ -68,8 +69,8 @@ def _base_files(base: str, **hub: Any) -> list[str]:
         if index is not None:
             return [cached_file(base, name, **hub) for name in files_in_index(index)]
     except OSError as error:
-        raise ValueError(f"this add-on's base model {base!r} cannot be read: {error} {_MOVED}") from error
-    raise ValueError(f"this add-on's base model {base!r} holds no model.safetensors. {_MOVED}")
+        raise CheckpointError(f"this add-on's base model {base!r} cannot be read: {error} {_MOVED}") from error
+    raise CheckpointError(f"this add-on's base model {base!r} holds no model.safetensors. {_MOVED}")
 
 
 def _fingerprint_in(checkpoint_files: list[str]) -> str | None:
@@ -88,7 +89,7 @@ def _check_sizes(model: PreTrainedModel, base: str, **hub: Any) -> None:
     try:
         config = AutoConfig.from_pretrained(base, **hub)
     except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise ValueError(
+        raise CheckpointError(
             f"the configuration of the base model {base!r} cannot be read: {' '.join(str(error).split())}"
         ) from error
     check_base(base, config, model.config.vlm_config)
@@ -104,12 +105,12 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
         The files, and a `load_config` that knows which file holds which weight (for offloading to disk).
 
     Raises:
-        ValueError: the add-on names no base, the base cannot be found or is damaged, it holds branches of its own, or
-            it is not the one that the add-on was made for.
+        CheckpointError: the add-on names no base, the base cannot be found or is damaged, it holds branches of its own,
+            or it is not the one that the add-on was made for.
     """
     base = model.config.base_model_name_or_path
     if base is None:
-        raise ValueError(
+        raise CheckpointError(
             "the checkpoint holds branches only, and its config.json names no base model. Pass "
             "base_model_name_or_path=… to from_pretrained."
         )
@@ -122,13 +123,13 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
     for file in files:
         keys = tensor_names(file)
         if file not in checkpoint_files and any(key.startswith("zoom.") for key in keys):
-            raise ValueError(
+            raise CheckpointError(
                 f"the base model {base!r} is itself a Q-Zoom checkpoint, whose branches would replace the add-on's. "
                 "Name the plain VLM, or load that checkpoint as it is."
             )
         packed = any(key.endswith((".absmax", ".SCB")) for key in keys)
         if packed and file not in checkpoint_files and getattr(model.config, "quantization_config", None) is None:
-            raise ValueError(
+            raise CheckpointError(
                 f"the base model {base!r} holds quantized weights, but this add-on was made for a dense one. Name the "
                 "dense base, and pass quantization_config=… to quantize it while loading."
             )
@@ -171,7 +172,7 @@ def load_lora(model: PreTrainedModel, name: str | os.PathLike[str], subfolder: s
     result = set_peft_model_state_dict(model, weights)
     lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
     if lost:
-        raise ValueError(f"{name}: LoRA weights are missing or have no place: {lost[:4]}")
+        raise CheckpointError(f"{name}: LoRA weights are missing or have no place: {lost[:4]}")
     for parameter in trainable:  # peft has frozen them
         parameter.requires_grad_(True)
     model._hf_peft_config_loaded = True  # transformers' switches for adapters ask for it
@@ -195,7 +196,7 @@ def check_vlm_unchanged(model: PreTrainedModel, base: str, revision: str | None)
         The base's quantization recipe, None for a base in 16 or 32 bit.
 
     Raises:
-        ValueError: the base cannot be read, or the VLM differs from it.
+        CheckpointError: the base cannot be read, or the VLM differs from it.
     """
     with tempfile.TemporaryDirectory() as scratch, damage_named(base, revision=revision):
         try:
@@ -205,14 +206,14 @@ def check_vlm_unchanged(model: PreTrainedModel, base: str, revision: str | None)
                 placement = {"device_map": {"": "disk"}, "offload_folder": scratch}
             reference = AutoModelForImageTextToText.from_pretrained(base, revision=revision, **placement)
         except OSError as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"the base model {base!r} cannot be read, so that nobody can tell whether this VLM still equals it: "
                 f"{error} Pass save_addon(…, base_model_name_or_path=…), or save everything with save_pretrained."
             ) from error
         changed = _changed_weights(_plain_vlm(model), reference)
         recipe = getattr(reference.config, "quantization_config", None)
     if changed:
-        raise ValueError(
+        raise CheckpointError(
             f"an add-on holds the branches only, but {len(changed)} weights of this VLM differ from {base!r}, e.g. "
             f"{changed[0]}: it was fully fine-tuned, or a LoRA was merged into it. Save everything with "
             "save_pretrained, or keep the LoRA unmerged (model.unmerge_adapter() of peft undoes merge_adapter())."
@@ -246,7 +247,7 @@ def _adapter_of(model: PreTrainedModel) -> tuple[nn.Module, str, tuple[str, Any]
         if not adapters:
             continue
         if len(adapters) > 1:
-            raise ValueError(f"the model carries several adapters {sorted(adapters)}; keep one (delete_adapter).")
+            raise CheckpointError(f"the model carries several adapters {sorted(adapters)}; keep one (delete_adapter).")
         return owner, prefix, next(iter(adapters.items()))
     return None
 
@@ -263,7 +264,7 @@ def lora_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], Any] | None:
         it means the same wherever it is loaded; None without an adapter.
 
     Raises:
-        ValueError: several adapters, another kind of adapter, a merged one, or one that trains whole VLM weights.
+        CheckpointError: several adapters, another kind of adapter, a merged one, or one that trains whole VLM weights.
     """
     found = _adapter_of(model) if has_unmerged_lora(model) else None
     if found is None:
@@ -273,14 +274,16 @@ def lora_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], Any] | None:
 
     owner, prefix, (adapter, lora_config) = found
     if str(getattr(lora_config.peft_type, "value", lora_config.peft_type)) != "LORA":
-        raise ValueError(f"only LoRA adapters can go into an add-on, not {lora_config.peft_type}.")
+        raise CheckpointError(f"only LoRA adapters can go into an add-on, not {lora_config.peft_type}.")
     layers = {name: module for name, module in owner.named_modules() if isinstance(module, BaseTunerLayer)}
     if any(module.merged for module in layers.values()):
-        raise ValueError("the LoRA adapter is merged; call unmerge_adapter() first, or save_pretrained everything.")
+        raise CheckpointError(
+            "the LoRA adapter is merged; call unmerge_adapter() first, or save_pretrained everything."
+        )
     weights = get_peft_model_state_dict(owner, adapter_name=adapter, save_embedding_layers=False)
     whole = sorted(name for name in weights if "lora_" not in name and not f"{prefix}{name}".startswith("zoom."))
     if whole:
-        raise ValueError(
+        raise CheckpointError(
             f"the adapter also trains whole weights of the VLM ({whole[0]}, …), which an add-on does not hold: merge "
             "it (model.merge_lora()) and save everything with save_pretrained."
         )
@@ -316,8 +319,8 @@ def write_addon(
         auto_map: class references for config.json.
 
     Raises:
-        ValueError: as `lora_state` and `check_vlm_unchanged`, or the folder holds something else; nothing is written
-            then.
+        CheckpointError: as `lora_state` and `check_vlm_unchanged`, or the folder holds something else; nothing is
+            written then.
     """
     model.config.check_fields()
     check_target(folder, ADDON, (base, model.config.base_model_name_or_path, model.config.vlm_config._name_or_path))

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .configuration_qzoom import QZoomConfig, own_fields
+from .errors_qzoom import CheckpointError
 
 
 _HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies", "force_download")
@@ -26,14 +27,16 @@ def damage_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_zoom_config(fields: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: a key is no field of `QZoomConfig`.
+    """Checks the names of configuration fields.
+
+    Raises:
+        CheckpointError: a key is no field of `QZoomConfig`.
     """
     known = own_fields() - {"vlm_config"}
     for key in sorted(set(fields) - known):
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}."
-        raise ValueError(f"zoom_config has no field {key!r}{hint}")
+        raise CheckpointError(f"zoom_config has no field {key!r}{hint}")
 
 
 def check_is_qzoom(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | None:
@@ -43,30 +46,32 @@ def check_is_qzoom(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> str 
         For an adapter of peft without a model beside it, the name of its base.
 
     Raises:
-        ValueError: it is something else.
+        CheckpointError: it is something else.
         ImportError: it is an adapter and peft is missing.
     """
     found, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
     if not isinstance(found, dict):
-        raise ValueError(f"config.json of {name} holds no JSON object.")
+        raise CheckpointError(f"config.json of {name} holds no JSON object.")
     base = None
     if not found:
         file = find_adapter_config_file(os.fspath(name), **hub_keywords(kwargs, "subfolder"))
         if file is None:
-            raise ValueError(f"{name} holds no config.json, so it is no checkpoint.")
+            raise CheckpointError(f"{name} holds no config.json, so it is no checkpoint.")
         if not is_peft_available():
             raise ImportError(f"{name} holds an adapter, which needs peft: pip install peft")
         try:
             base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
         if not base:
-            raise ValueError(f"{file} names no base model (base_model_name_or_path), so there is nothing to adapt.")
+            raise CheckpointError(
+                f"{file} names no base model (base_model_name_or_path), so there is nothing to adapt."
+            )
         hub = {key: value for key, value in hub_keywords(kwargs).items() if key != "revision"}
         found, _ = PreTrainedConfig.get_config_dict(base, **hub)
     if found.get("model_type") != QZoomConfig.model_type:
         place = str(name) if base is None else f"{base}, the base of the adapter in {name},"
-        raise ValueError(
+        raise CheckpointError(
             f"{place} holds a plain {found.get('model_type')!r} model, not a Q-Zoom checkpoint; attach fresh branches "
             "with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
         )
@@ -80,7 +85,7 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         info: transformers' report of the load.
 
     Raises:
-        ValueError: names the weights.
+        CheckpointError: names the weights.
     """
     for kind, meaning in (
         ("missing_keys", "lacks"),
@@ -90,7 +95,7 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         keys = [key[0] if isinstance(key, tuple) else key for key in info[kind]]
         wrong = sorted(key for key in keys if key.startswith("zoom."))
         if wrong:
-            raise ValueError(
+            raise CheckpointError(
                 f"{name} {meaning} branch weights, so its branches would be random or incomplete: "
                 f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''} ({len(wrong)} in all). Check branch_layer, "
                 "branch_depth and has_gate in its config, or attach fresh branches with from_backbone."
@@ -99,9 +104,11 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
 
 
 def check_vlm_complete(name: str, info: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: weights of the VLM are missing.
+    """Checks that a load found all of the VLM's weights.
+
+    Raises:
+        CheckpointError: weights of the VLM are missing.
     """
     lost = sorted(key for key in info["missing_keys"] if not key.startswith("zoom."))
     if lost:
-        raise ValueError(f"{name} lacks {len(lost)} weights of the VLM, e.g. {lost[0]}; they would be random.")
+        raise CheckpointError(f"{name} lacks {len(lost)} weights of the VLM, e.g. {lost[0]}; they would be random.")

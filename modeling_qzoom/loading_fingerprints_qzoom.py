@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
+from .errors_qzoom import CheckpointError
+
 
 FINGERPRINT = "base_fingerprint"
 """Where an add-on's weights file keeps it: in the header's metadata, which other readers pass over."""
@@ -106,7 +108,7 @@ def differing_weights(fingerprint: str, files: list[str]) -> tuple[list[str], in
         Names of the tensors that differ, and the number of those that were compared.
 
     Raises:
-        ValueError: the fingerprint is damaged.
+        CheckpointError: the fingerprint is damaged.
     """
     try:
         content = json.loads(fingerprint)
@@ -117,7 +119,7 @@ def differing_weights(fingerprint: str, files: list[str]) -> tuple[list[str], in
             name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32) for name, text in values
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the add-on's record of its base model is damaged: {error!r}") from error
+        raise CheckpointError(f"the add-on's record of its base model is damaged: {error!r}") from error
     given = _samples(files)
     # packed weights have other shapes than dense ones
     shared = [name for name in recorded if name in given and recorded[name].shape == given[name].shape]
@@ -156,11 +158,11 @@ def check_base(base: str, config: PreTrainedConfig, vlm_config: PreTrainedConfig
         vlm_config: the add-on's.
 
     Raises:
-        ValueError: they differ.
+        CheckpointError: they differ.
     """
     different = differing_sizes(vlm_config, config)
     if different:
-        raise ValueError(
+        raise CheckpointError(
             f"this add-on was made for another model than {base!r}, which has {different[0]}. Name its own base: "
             "from_pretrained(…, base_model_name_or_path=…)."
         )
@@ -175,13 +177,13 @@ def check_base_weights(base: str, fingerprint: str | None, files: list[str]) -> 
         files: the base's safetensors files.
 
     Raises:
-        ValueError: they differ, and the call does not say that this is meant.
+        CheckpointError: they differ, and the call does not say that this is meant.
     """
     if fingerprint is None or not _compares_weights.get():
         return
     differing, count = differing_weights(fingerprint, files)
     if differing:
-        raise ValueError(
+        raise CheckpointError(
             f"the weights of the base model {base!r} are not those that this add-on was made for: {len(differing)} of "
             f"{count} tensors differ, e.g. {differing[0]}. Name its own base: from_pretrained(…, "
             "base_model_name_or_path=…); or, if another training of that model is meant, pass check_base=False."

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
+from .errors_qzoom import CheckpointError
+
 
 # never quantized: a one-row head, query and key projections whose products are thresholded, and the output embedding
 UNQUANTIZED = ("lm_head", "zoom.gate.head", "zoom.region.scorer")
@@ -121,7 +123,7 @@ def _dequantize(module: nn.Module, parameter: nn.Parameter) -> Tensor:
     restore_storage_format(module)
     dense = dequantize_bnb_weight(parameter, getattr(module, "state", None))
     if is_quantized(dense):
-        raise ValueError(
+        raise CheckpointError(
             f"the weights of {type(module).__name__} are quantized by a method that Q-Zoom cannot undo; load the VLM "
             "in 16 bit or with bitsandbytes."
         )

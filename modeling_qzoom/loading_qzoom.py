@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import spec_for_model_type
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import CheckpointError
 from .loading_addons_qzoom import has_unmerged_lora, holds_only_branches, load_lora, with_base_files, write_addon
 from .loading_checks_qzoom import (
     check_is_qzoom,
@@ -125,21 +126,21 @@ class QZoomLoadingMixin(_Base):
             A model in evaluation mode.
 
         Raises:
-            ValueError: unsupported VLM, layers beyond its last one, an unknown field in `zoom_config`, or a loaded
-                model with LoRA adapters.
+            CheckpointError: unsupported VLM, layers beyond its last one, an unknown field in `zoom_config`, or a
+                loaded model with LoRA adapters.
         """
         fields: dict[str, Any] = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
         fields |= zoom_config or {}
         check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
+                raise CheckpointError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
             return cls._around(vlm, fields)
         name = os.fspath(vlm)
         # the model type first: transformers' own message on one that it does not know would not help
         found, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
         if found.get("model_type") == QZoomConfig.model_type:
-            raise ValueError(f"{name} is a Q-Zoom checkpoint already; load it with from_pretrained.")
+            raise CheckpointError(f"{name} is a Q-Zoom checkpoint already; load it with from_pretrained.")
         spec_for_model_type(found.get("model_type"))
         fields = {**image_statistics(name, **hub_keywords(kwargs, "subfolder")), **fields}
         if kwargs.get("quantization_config") is not None:
@@ -154,7 +155,7 @@ class QZoomLoadingMixin(_Base):
     @classmethod
     def _around(cls: type[Model], vlm: PreTrainedModel, fields: dict[str, Any]) -> Model:
         if has_unmerged_lora(vlm):
-            raise ValueError(
+            raise CheckpointError(
                 "the VLM carries LoRA adapters, which the branches cannot copy; merge them first (merge_and_unload of "
                 "peft), or attach the branches before the adapters."
             )
@@ -203,8 +204,8 @@ class QZoomLoadingMixin(_Base):
             The model, in evaluation mode; with `output_loading_info` a pair of it and the report.
 
         Raises:
-            ValueError: the folder holds a plain VLM, branch weights are missing or unexpected, a file is damaged, or
-                an add-on's base cannot be found or is another one.
+            CheckpointError: the folder holds a plain VLM, branch weights are missing or unexpected, a file is damaged,
+                or an add-on's base cannot be found or is another one.
             ImportError: there is an adapter and peft is missing.
         """
         name = pretrained_model_name_or_path
@@ -227,12 +228,12 @@ class QZoomLoadingMixin(_Base):
         keep_output_embedding_dense(model)
         if model.config.lora_subfolder is not None:
             if getattr(model, "_hf_peft_config_loaded", False):
-                raise ValueError(
+                raise CheckpointError(
                     f"{name}: the adapter there belongs to an add-on that has a LoRA adapter of its own; merge that "
                     "one first (merge_lora and save_pretrained of the add-on)."
                 )
             if name is None:
-                raise ValueError("this add-on has a LoRA adapter, which is read from its folder; pass its name.")
+                raise CheckpointError("this add-on has a LoRA adapter, which is read from its folder; pass its name.")
             load_lora(model, name, kwargs.get("subfolder", ""), **hub_keywords(kwargs))
         return (model, info) if output_loading_info else model
 
@@ -270,12 +271,12 @@ class QZoomLoadingMixin(_Base):
         Files are written beside those that they replace and take their places at the end.
 
         Raises:
-            ValueError: the model was given to peft's `get_peft_model`, and its LoRA is not merged; or the folder is
-                its base's or holds anything else than an earlier full checkpoint.
+            CheckpointError: the model was given to peft's `get_peft_model`, and its LoRA is not merged; or the folder
+                is its base's or holds anything else than an earlier full checkpoint.
         """
         self.config.check_fields()
         if has_unmerged_lora(self) and not getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
+            raise CheckpointError(
                 "the model carries an unmerged LoRA adapter, whose weights a full checkpoint has no place for. "
                 "save_addon(folder) keeps branches and adapter; merge_lora() makes it a model that can be saved here."
             )
@@ -320,14 +321,14 @@ class QZoomLoadingMixin(_Base):
             base_model_revision: its revision; by default the config's, if its base is taken from there too.
 
         Raises:
-            ValueError: no base is known, it cannot be read, or the VLM's weights are no longer those of the base.
+            CheckpointError: no base is known, it cannot be read, or the VLM's weights are no longer those of the base.
         """
         base, revision = self.config.base_model_name_or_path, self.config.base_model_revision
         if base_model_name_or_path is not None:
             base, revision = os.fspath(base_model_name_or_path), None
         revision = base_model_revision or revision
         if base is None:
-            raise ValueError("no base model is known; pass save_addon(…, base_model_name_or_path=…).")
+            raise CheckpointError("no base model is known; pass save_addon(…, base_model_name_or_path=…).")
         self._keep_generation_options()
         write_addon(self, Path(save_directory), base, revision, self._auto_map())
 
@@ -335,12 +336,14 @@ class QZoomLoadingMixin(_Base):
         """Adds an unmerged LoRA adapter to the weights it belongs to and takes it off; nothing to do without one.
 
         Raises:
-            ValueError: weights are offloaded, so there is nothing to add to.
+            CheckpointError: weights are offloaded, so there is nothing to add to.
         """
         if not has_unmerged_lora(self):
             return
         if any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError("offloaded weights cannot take a LoRA in; load the model without offloading to merge.")
+            raise CheckpointError(
+                "offloaded weights cannot take a LoRA in; load the model without offloading to merge."
+            )
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from .errors_qzoom import CheckpointError
+
 
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 _AGAIN = "Download or save it again."
@@ -19,22 +21,22 @@ def _header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     """A safetensors file's entries by tensor, and the bytes that the file should have.
 
     Raises:
-        ValueError: no header can be read; the message says why.
+        CheckpointError: no header can be read; the message says why.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
         start = stream.read(8)
         if start == b"version ":
-            raise ValueError("it is a Git LFS pointer instead of the weights; fetch them with `git lfs pull`.")
+            raise CheckpointError("it is a Git LFS pointer instead of the weights; fetch them with `git lfs pull`.")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise ValueError(f"it is cut short, or no safetensors file. {_AGAIN}")
+            raise CheckpointError(f"it is cut short, or no safetensors file. {_AGAIN}")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"it is no safetensors file. {_AGAIN}") from error
+            raise CheckpointError(f"it is no safetensors file. {_AGAIN}") from error
     return header, 8 + length + end
 
 
@@ -45,18 +47,18 @@ def tensor_names(path: str | os.PathLike[str], *, whole: bool = True) -> list[st
         whole: also check that the file is as long as it should be.
 
     Raises:
-        ValueError: the file is missing or damaged; names it, and says what to do.
+        CheckpointError: the file is missing or damaged; names it, and says what to do.
     """
     try:
         header, expected = _header(path)
         size = os.path.getsize(path)
         if whole and size != expected:
             kind = "cut short" if size < expected else "too long"
-            raise ValueError(f"it is {kind}, {size} bytes instead of {expected}. {_AGAIN}")
+            raise CheckpointError(f"it is {kind}, {size} bytes instead of {expected}. {_AGAIN}")
     except OSError as error:
-        raise ValueError(f"the weights in {path} cannot be read: {error.strerror or error}. {_AGAIN}") from error
+        raise CheckpointError(f"the weights in {path} cannot be read: {error.strerror or error}. {_AGAIN}") from error
     except ValueError as error:
-        raise ValueError(f"the weights in {path} cannot be read: {error}") from error
+        raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
     return list(header)
 
 
@@ -64,17 +66,19 @@ def files_in_index(path: str | os.PathLike[str]) -> list[str]:
     """Names of the files that an index of sharded weights lists.
 
     Raises:
-        ValueError: the index is damaged.
+        CheckpointError: the index is damaged.
     """
     try:
         return sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the index of the weights, {path}, cannot be read: {error!r}. {_AGAIN}") from error
+        raise CheckpointError(f"the index of the weights, {path}, cannot be read: {error!r}. {_AGAIN}") from error
 
 
 def check_weight_files(files: list[str] | None) -> None:
-    """Raises:
-    ValueError: one of the safetensors files is missing or damaged; names it.
+    """Checks weight files by their headers.
+
+    Raises:
+        CheckpointError: one of the safetensors files is missing or damaged; names it.
     """
     for file in files or ():
         if str(file).endswith(".safetensors"):
@@ -114,7 +118,7 @@ def damage_named(*names: str | os.PathLike[str] | None, subfolder: str = "", **h
         hub: `revision`, `cache_dir` and `token`, as for `from_pretrained`.
 
     Raises:
-        ValueError: names the file.
+        CheckpointError: names the file.
     """
     try:
         yield

@@ -14,9 +14,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_adapters_qzoom import remove_row_adapters
-from .backbone_cache_qzoom import CACHE, POSITION_OFFSET, given_cache
+from .backbone_cache_qzoom import CACHE, given_cache, notes_of, write_notes
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import InputError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .loading_names_qzoom import with_own_names
 from .loading_qzoom import QZoomLoadingMixin
@@ -197,7 +198,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 plain row. Left out, the region branch proposes the boxes.
 
         Raises:
-            ValueError: targets together with labels, an argument that this pass would not obey, a misspelt name of
+            InputError: targets together with labels, an argument that this pass would not obey, a misspelt name of
                 ours, or inputs that do not fit each other.
         """
         check_names(kwargs)
@@ -240,11 +241,12 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             **kwargs,
         )
         if offset is not None and outputs.get(CACHE) is not None:
-            setattr(outputs[CACHE], POSITION_OFFSET, offset)
+            write_notes(outputs[CACHE], position_offset=offset)
         values = dict(outputs)
         if "rope_deltas" in {field.name for field in fields(outputs)}:
             # before 5.24 an output of the VLM, which reads it from itself, where another call may have left it
-            values["rope_deltas"] = getattr(outputs.get(CACHE), POSITION_OFFSET, offset)
+            noted = notes_of(outputs.get(CACHE)).position_offset
+            values["rope_deltas"] = offset if noted is None else noted
         return self._with_branches(QZoomOutput(**values))
 
     def _with_branches(self, output: QZoomOutput) -> QZoomOutput:
@@ -295,7 +297,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            ValueError: options out of range; image tokens without `source_images`; right-padded rows; or a decoding
+            InputError: options out of range; image tokens without `source_images`; right-padded rows; or a decoding
                 feature that cannot go with zooming (`zoom="never"` always can).
         """
         given = {
@@ -334,7 +336,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         return_zoom_reports = resolve_reports(return_zoom_reports, configs)
         if return_zoom_reports:
             if kwargs.get("return_dict_in_generate") is False:
-                raise ValueError(
+                raise InputError(
                     "return_zoom_reports=True needs a dict output, but return_dict_in_generate=False was passed "
                     "(pipelines do so); call model.generate directly to get reports."
                 )

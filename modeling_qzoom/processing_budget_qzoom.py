@@ -5,6 +5,7 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from .backbones_qzoom import spec_for_model_type
+from .errors_qzoom import InputError
 from .processing_keywords_qzoom import option
 from .processing_settings_qzoom import setting
 from .processing_sizes_qzoom import area_size, budget_size, check_budget, configured_size, token_side
@@ -59,7 +60,7 @@ class ProcessorBudgetMixin(ProcessorMixin):
 
     def _refuse_budget_of_fixed_grid(self) -> None:
         if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
-            raise ValueError(
+            raise InputError(
                 f"{self.backbone_model_type} sees every image on one fixed token grid (576 tokens for LLaVA-1.5), so "
                 "min_tokens and max_tokens do not apply to it."
             )
@@ -71,17 +72,17 @@ class ProcessorBudgetMixin(ProcessorMixin):
         given = option(keywords or {}, "images_kwargs", "size")
         has_budget = min_tokens is not None or max_tokens is not None
         if given is not None and has_budget:
-            raise ValueError("size and min_tokens/max_tokens both set the budget of the coarse view: give one.")
+            raise InputError("size and min_tokens/max_tokens both set the budget of the coarse view: give one.")
         if has_budget:
             self._refuse_budget_of_fixed_grid()
             if not setting(keywords or {}, self.image_processor, "do_resize"):
-                raise ValueError("min_tokens and max_tokens would have no effect without do_resize=True.")
+                raise InputError("min_tokens and max_tokens would have no effect without do_resize=True.")
         if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
             return None
         if given is not None:
             size = area_size(given, self.image_processor, "size")
             if size["shortest_edge"] > size["longest_edge"]:
-                raise ValueError(f"size: shortest_edge is larger than longest_edge in {given!r}.")
+                raise InputError(f"size: shortest_edge is larger than longest_edge in {given!r}.")
             return size
         area = token_side(self.image_processor) ** 2
         return budget_size(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from .errors_qzoom import InputError
 from .processing_reading_qzoom import UnusableImage, opened_image
 
 
@@ -76,23 +77,23 @@ def match_placeholders(
         The number of images of each row, None where nothing tells it.
 
     Raises:
-        ValueError: they differ; names the rows.
+        InputError: they differ; names the rows.
     """
     if prompts is None:
         return nested
     wanted = [prompt.count(token) for prompt in prompts]
     if nested is not None and len(nested) != len(prompts):
-        raise ValueError(f"images has {len(nested)} rows, but there are {len(prompts)} prompts.")
+        raise InputError(f"images has {len(nested)} rows, but there are {len(prompts)} prompts.")
     if nested is not None and nested != wanted:
         wrong = [
             f"row {row} has {want} image placeholder(s) {token} but {have} image(s)"
             for row, (want, have) in enumerate(zip(wanted, nested, strict=True))
             if want != have
         ]
-        raise ValueError(f"{'; '.join(wrong)}.")
+        raise InputError(f"{'; '.join(wrong)}.")
     if nested is None and sum(wanted) != num_images:
         by_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(wanted))
-        raise ValueError(
+        raise InputError(
             f"the prompts have {sum(wanted)} image placeholder(s) {token} ({by_row}), but {num_images} image(s) came "
             "with them. A chat message holds one {'type': 'image', 'image': ...} per image."
         )
@@ -222,22 +223,22 @@ def load_rgb(
         max_aspect_ratio: largest accepted quotient of the longer and the shorter side; None for no limit.
 
     Raises:
-        ValueError: the image is empty, too large, too long, of an unknown kind, or cannot be decoded; names its place.
+        InputError: the image is empty, too large, too long, of an unknown kind, or cannot be decoded; names its place.
     """
     try:
         image = _decode(slot.image, max_pixels, data_format)
         _check_aspect_ratio(*image.size, max_aspect_ratio)
         return image
     except UnusableImage as error:
-        raise ValueError(f"{slot} {error}.") from None
+        raise InputError(f"{slot} {error}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
+        raise InputError(
             f"{slot} is larger than PIL's own limit (PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}; it "
             "refuses twice that), which guards against decompression bombs. Downscale it, or raise that limit and "
             f"max_source_pixels ({max_pixels}) if you trust it. PIL said: {error}"
         ) from error
     except Exception as error:  # decoders raise whatever the bytes lead them to
-        raise ValueError(f"{slot} cannot be read: {type(error).__name__}: {error}") from error
+        raise InputError(f"{slot} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def source_tensor(image: Image.Image) -> torch.Tensor:
@@ -253,7 +254,7 @@ def _resized_size(width: int, height: int, size: Mapping[str, int] | int) -> tup
         return size["width"], size["height"]
     shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
     if not shortest or longest:
-        raise ValueError(f"a resize to {dict(size)} is unknown; expected height and width, or shortest_edge alone.")
+        raise InputError(f"a resize to {dict(size)} is unknown; expected height and width, or shortest_edge alone.")
     if width <= height:
         return shortest, int(shortest * height / width)
     return int(shortest * width / height), shortest
@@ -285,7 +286,7 @@ def check_views(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any], p
         most: largest accepted width × height of a source, None for no limit.
 
     Raises:
-        ValueError: names the image.
+        InputError: names the image.
     """
     first: tuple[int, int] | None = None
     for index, size in enumerate(sizes):
@@ -293,13 +294,13 @@ def check_views(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any], p
         resized, view = _views(*size, settings)
         area = max(canvas[0] * canvas[1], resized[0] * resized[1])
         if most is not None and area > max(_MOST_GROWTH * most, _ALWAYS_PIXELS):
-            raise ValueError(
+            raise InputError(
                 f"image {index} has {size[0]} × {size[1]} pixels and would take {area} on its way to the token grid: "
                 "it is too long. Cut it into shorter pieces, or pad its short side."
             )
         first = first or view
         if view != first or view[0] != view[1] or view[0] % patch:
-            raise ValueError(
+            raise InputError(
                 f"image {index} has a coarse view of {view[0]} × {view[1]} pixels, which does not fit one fixed "
                 f"square grid of whole patches ({patch} pixels a side) for all images. Set do_resize and "
                 "do_center_crop with a square crop_size, or a size with height and width."
@@ -318,7 +319,7 @@ def covered_rectangle(width: int, height: int, settings: Mapping[str, Any]) -> t
         (x0, y0, x1, y1), end exclusive; reaches beyond the source where it is padded.
 
     Raises:
-        ValueError: an unknown kind of resize.
+        InputError: an unknown kind of resize.
     """
     canvas_width, canvas_height = _canvas(width, height, settings)
     # the source lies this far inside the canvas

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .errors_qzoom import InputError
 from .zoom_options_qzoom import OPTION_NAMES
 
 
@@ -58,17 +59,17 @@ def _refuse(unknown: set[str], accepted: set[str]) -> None:
         return
     for_generate = sorted(unknown & GENERATE_KEYWORDS)
     if for_generate:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(for_generate)}: for `generate`, not for the processor. Pass it to model.generate(...); with "
             f"a pipeline, pass generate_kwargs={{{for_generate[0]!r}: ...}}."
         )
     if unknown & _AREA_KEYWORDS:
-        raise ValueError("min_pixels and max_pixels are not taken by a call: use min_tokens and max_tokens.")
+        raise InputError("min_pixels and max_pixels are not taken by a call: use min_tokens and max_tokens.")
     names = []
     for name in sorted(unknown):
         close = difflib.get_close_matches(name.lower(), sorted(accepted), n=2)
         names.append(f"{name!r} (did you mean {' or '.join(close)}?)" if close else repr(name))
-    raise ValueError(f"QZoomProcessor does not know the keyword {', '.join(names)}.")
+    raise InputError(f"QZoomProcessor does not know the keyword {', '.join(names)}.")
 
 
 def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> None:
@@ -79,17 +80,17 @@ def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> N
         accepted: from `accepted_keywords`.
 
     Raises:
-        ValueError: an unknown keyword or one of `generate`, or a padding side that is none.
+        InputError: an unknown keyword or one of `generate`, or a padding side that is none.
     """
     flat = set().union(*accepted.values())
     for group in set(keywords) & set(accepted):
         if not isinstance(keywords[group], dict):
-            raise ValueError(f"{group} must be a dict of keywords, got {keywords[group]!r}.")
+            raise InputError(f"{group} must be a dict of keywords, got {keywords[group]!r}.")
         _refuse(set(keywords[group]) - accepted[group], accepted[group])
     _refuse(set(keywords) - flat - set(accepted), flat | OWN_KEYWORDS)
     side = option(keywords, "text_kwargs", "padding_side")
     if side not in (None, "left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
+        raise InputError(f"padding_side must be 'left' or 'right', got {side!r}.")
 
 
 def check_given_at_loading(names: set[str]) -> None:
@@ -99,13 +100,13 @@ def check_given_at_loading(names: set[str]) -> None:
         names: what was given.
 
     Raises:
-        ValueError: names what was meant.
+        InputError: names what was meant.
     """
     ours = (*OWN_KEYWORDS, "max_source_pixels")
     for name in sorted(names - set(ours)):
         close = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_CLOSE)
         if close:
-            raise ValueError(f"QZoomProcessor.from_pretrained does not know {name!r}; did you mean {close[0]}?")
+            raise InputError(f"QZoomProcessor.from_pretrained does not know {name!r}; did you mean {close[0]}?")
 
 
 def split_template_keywords(
@@ -121,7 +122,7 @@ def split_template_keywords(
         accepted: from `accepted_keywords`.
 
     Raises:
-        ValueError: a keyword of `generate`, or a name close to a keyword of the processor.
+        InputError: a keyword of `generate`, or a name close to a keyword of the processor.
     """
     known = set().union(*accepted.values(), accepted) | OWN_KEYWORDS
     ours = {name: value for name, value in keywords.items() if name in known and name not in variables - OWN_KEYWORDS}

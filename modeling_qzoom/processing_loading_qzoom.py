@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from .backbones_qzoom import BACKBONES, spec_for_model_type
+from .errors_qzoom import InputError
 from .processing_keywords_qzoom import OWN_KEYWORDS, check_given_at_loading
 from .processing_sizes_qzoom import check_budget, token_side, uncross
 from .zoom_options_qzoom import python_number
@@ -48,13 +49,13 @@ def _given_areas(given: dict[str, Any]) -> list[str]:
     """Which keywords of `from_pretrained` set the budget of the coarse view by its area.
 
     Raises:
-        ValueError: the budget is given in tokens too, or the name of one of our settings is misspelt.
+        InputError: the budget is given in tokens too, or the name of one of our settings is misspelt.
     """
     check_given_at_loading(set(given))
     areas = [name for name in ("size", "min_pixels", "max_pixels") if given.get(name) is not None]
     tokens = [name for name in sorted(OWN_KEYWORDS) if given.get(name) is not None]
     if areas and tokens:
-        raise ValueError(f"{', '.join(areas + tokens)} all set the budget of the coarse view: give it in one way.")
+        raise InputError(f"{', '.join(areas + tokens)} all set the budget of the coarse view: give it in one way.")
     return areas
 
 
@@ -104,13 +105,13 @@ class ProcessorLoadingMixin(ProcessorMixin):
             kwargs: for the `from_pretrained` of the parts (`revision`, `cache_dir`, `token`, ...).
 
         Raises:
-            ValueError: not a supported backbone's processor.
+            InputError: not a supported backbone's processor.
         """
         own = {"min_tokens": min_tokens, "max_tokens": max_tokens, "max_source_pixels": max_source_pixels}
         _given_areas({**kwargs, **own})
         if not isinstance(processor_or_name, (str, os.PathLike)):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} only apply when the processor is loaded by its name.")
+                raise InputError(f"{sorted(kwargs)} only apply when the processor is loaded by its name.")
             return cls._from_processor(processor_or_name, **own)
         name = processor_or_name
         saved, _ = ProcessorMixin.get_processor_dict(name, **kwargs)
@@ -149,7 +150,7 @@ class ProcessorLoadingMixin(ProcessorMixin):
     def _model_type_of(processor_class: str | None) -> str:
         rows = {spec.processor_class: model_type for model_type, spec in BACKBONES.items()}
         if processor_class not in rows:
-            raise ValueError(
+            raise InputError(
                 f"{processor_class} is not the processor of a supported backbone; expected one of {sorted(rows)}."
             )
         return rows[processor_class]
@@ -170,7 +171,7 @@ class ProcessorLoadingMixin(ProcessorMixin):
         """The processor of loaded parts and saved settings; of a budget, what is given in `kwargs` wins.
 
         Raises:
-            ValueError: a budget given in two ways, a misspelt name, or what the class refuses.
+            InputError: a budget given in two ways, a misspelt name, or what the class refuses.
         """
         areas, image_processor = _given_areas(kwargs), args[0]
         given = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs}

@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import _get_template_variables
 
 from .backbone_grids_qzoom import NativeGrid
 from .backbones_qzoom import spec_for_model_type
+from .errors_qzoom import InputError
 from .processing_budget_qzoom import ProcessorBudgetMixin
 from .processing_images_qzoom import (
     check_views,
@@ -84,7 +85,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         video_config: settings of the backbone's video processor; its defaults if None.
 
     Raises:
-        ValueError: unknown `backbone_model_type`, a bad budget, a budget for a backbone with a fixed token grid, or an
+        InputError: unknown `backbone_model_type`, a bad budget, a budget for a backbone with a fixed token grid, or an
             image processor that lacks what the backbone needs.
     """
 
@@ -114,12 +115,12 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         spec = spec_for_model_type(backbone_model_type)
         lacking = [name for name in spec.grid.extra_processor_arguments if name not in self.backbone_processor_kwargs]
         if lacking:
-            raise ValueError(
+            raise InputError(
                 f"{backbone_model_type} needs {', '.join(lacking)} in backbone_processor_kwargs, as its "
                 "processor_config.json holds them."
             )
         if spec.grid.has_budget and not hasattr(image_processor, "merge_size"):
-            raise ValueError(
+            raise InputError(
                 f"{type(image_processor).__name__} has no merge_size: it is not an image processor of "
                 f"{backbone_model_type}."
             )
@@ -174,7 +175,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         if video_class is not None:
             return video_class.from_dict(self.video_config or {})
         if self.backbone_model_type not in VIDEO_PROCESSOR_MAPPING_NAMES:
-            raise ValueError(f"{self.backbone_model_type} takes no videos.")
+            raise InputError(f"{self.backbone_model_type} takes no videos.")
         raise ImportError("Videos need torchvision, which is not installed: pip install torchvision. Images do not.")
 
     def __getattr__(self, name: str) -> Any:
@@ -224,21 +225,21 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
               grid covers, x0, y0, x1, y1, end exclusive.
 
         Raises:
-            ValueError: keywords that are unknown or would have no effect, no or empty prompts, a number of images that
+            InputError: keywords that are unknown or would have no effect, no or empty prompts, a number of images that
                 does not fit the placeholders, or an image that cannot be used.
             ImportError: videos without torchvision.
         """
         if audio is not None:
-            raise ValueError("QZoomProcessor takes no audio.")
+            raise InputError("QZoomProcessor takes no audio.")
         keywords = {name: value for name, value in kwargs.items() if value is not None or not name.endswith("_kwargs")}
         accepted = self._accepted_keywords()
         check_keywords(keywords, accepted)
         check_image_keywords(keywords, self.image_processor, videos is not None)
         prompts = [text] if isinstance(text, str) else text if text is None else list(text)
         if prompts is not None and not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("text must be a string or a list of strings.")
+            raise InputError("text must be a string or a list of strings.")
         if prompts is not None and not prompts:
-            raise ValueError("text holds no prompts; leave it out to prepare images alone.")
+            raise InputError("text holds no prompts; leave it out to prepare images alone.")
         size = self._coarse_size(min_tokens, max_tokens, keywords)
         if option(keywords, "images_kwargs", "size") is not None:
             size = None  # stays where the caller put it
@@ -259,7 +260,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
                 images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size, saved)
             )
         except StrictDataclassError as error:  # keywords of a wrong type
-            raise ValueError(f"QZoomProcessor: {' '.join(str(error).split())}") from None
+            raise InputError(f"QZoomProcessor: {' '.join(str(error).split())}") from None
         refuse_empty_rows(encoded)
         keep = dict.fromkeys([*(encoded.skip_tensor_conversion or ()), "source_images"])
         output = BatchFeature(dict(encoded), skip_tensor_conversion=list(keep))
@@ -295,7 +296,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
             side = token_side(self.image_processor)
             for slot, source in zip(slots, sources, strict=True):
                 if source.width % side or source.height % side:
-                    raise ValueError(
+                    raise InputError(
                         f"{slot} has {source.width} × {source.height} pixels; with do_resize=False both sides must be "
                         f"multiples of {side}, the side of a token."
                     )
@@ -309,10 +310,10 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         `return_tensors` is "pt" by default.
 
         Raises:
-            ValueError: an empty chat, a keyword of `generate`, a misspelt one of the processor; else as `__call__`.
+            InputError: an empty chat, a keyword of `generate`, a misspelt one of the processor; else as `__call__`.
         """
         if not len(conversation):
-            raise ValueError("the chat holds no message.")
+            raise InputError("the chat holds no message.")
         stored = self.chat_template
         template = chat_template or stored
         if isinstance(stored, dict):

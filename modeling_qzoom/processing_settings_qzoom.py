@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor, get_size_dict
 
+from .errors_qzoom import InputError
 from .processing_keywords_qzoom import option
 from .processing_sizes_qzoom import MOST_TOKENS
 
@@ -54,27 +55,27 @@ def check_image_processor(image_processor: BaseImageProcessor) -> None:
     """Refuses an image processor whose own settings change the coarse view and not the crop, or change nothing.
 
     Raises:
-        ValueError: names the setting and its value.
+        InputError: names the setting and its value.
     """
     if not getattr(image_processor, "do_normalize", True):
-        raise ValueError(
+        raise InputError(
             f"image_processor.do_normalize = {image_processor.do_normalize} is not possible. {_CROP_RULE}"
         )
     if not getattr(image_processor, "do_rescale", True):
-        raise ValueError(
+        raise InputError(
             f"image_processor.do_rescale = {image_processor.do_rescale} is not possible: the model scales the 8-bit "
             "pixels of its crops to [0, 1]. Set it to True."
         )
     if not math.isclose(getattr(image_processor, "rescale_factor", 1 / 255) or 0, 1 / 255, rel_tol=1e-3):
-        raise ValueError(
+        raise InputError(
             f"image_processor.rescale_factor = {image_processor.rescale_factor} is not possible: the model scales the "
             "8-bit pixels of its crops by 1/255. Set the same here."
         )
     if not _is_bicubic(image_processor.resample):
-        raise ValueError(f"image_processor.resample = {image_processor.resample} is not possible. {_CROP_RULE}")
+        raise InputError(f"image_processor.resample = {image_processor.resample} is not possible. {_CROP_RULE}")
     for name in ("do_center_crop", "do_pad"):
         if getattr(image_processor, name, None) and name not in _used_names(image_processor):
-            raise ValueError(
+            raise InputError(
                 f"image_processor.{name} = True has no effect: {type(image_processor).__name__} does not do it. Set "
                 "it to False."
             )
@@ -88,12 +89,12 @@ def check_image_keywords(keywords: dict[str, Any], image_processor: BaseImagePro
         has_videos: flat keywords may be for videos.
 
     Raises:
-        ValueError: names the keyword.
+        InputError: names the keyword.
     """
     if option(keywords, "images_kwargs", "do_rescale") is False:
-        raise ValueError("do_rescale=False is not possible: every image becomes 8-bit RGB first, whatever it was.")
+        raise InputError("do_rescale=False is not possible: every image becomes 8-bit RGB first, whatever it was.")
     if option(keywords, "images_kwargs", "do_convert_rgb") is False:
-        raise ValueError("do_convert_rgb=False is not possible: every image becomes 8-bit RGB first.")
+        raise InputError("do_convert_rgb=False is not possible: every image becomes 8-bit RGB first.")
     holders = (keywords, keywords.get("images_kwargs", {}), keywords.get("common_kwargs", {}))
     given = {name: value for holder in holders for name, value in holder.items() if value is not None}
     changed = [
@@ -102,19 +103,19 @@ def check_image_keywords(keywords: dict[str, Any], image_processor: BaseImagePro
         if name in given and not _is_same(name, given[name], getattr(image_processor, name, None))
     ]
     if changed:
-        raise ValueError(f"{', '.join(changed)}: not possible for one call. {_CROP_RULE}")
+        raise InputError(f"{', '.join(changed)}: not possible for one call. {_CROP_RULE}")
     for name in _GRID_KEYWORDS:
         if name in given and hasattr(image_processor, name) and given[name] != getattr(image_processor, name):
-            raise ValueError(
+            raise InputError(
                 f"{name}={given[name]!r} is not possible: the model's vision tower has {name} = "
                 f"{getattr(image_processor, name)}."
             )
     for name, choices in (("input_data_format", ("channels_first", "channels_last")), ("data_format", ())):
         value = given.get(name)
         if value is not None and getattr(value, "value", value) not in (choices or ("channels_first",)):
-            raise ValueError(f"{name} must be {' or '.join(choices or ('channels_first',))}, got {value!r}.")
+            raise InputError(f"{name} must be {' or '.join(choices or ('channels_first',))}, got {value!r}.")
     if getattr(image_processor, "backend", None) == "pil" and str(given.get("device", "cpu")) != "cpu":
-        raise ValueError(
+        raise InputError(
             f"device={given['device']!r} is not possible: without torchvision images are prepared on the CPU. Move "
             "the result: inputs.to(device)."
         )
@@ -122,19 +123,19 @@ def check_image_keywords(keywords: dict[str, Any], image_processor: BaseImagePro
     names = set(getattr(image_processor.valid_kwargs, "__annotations__", ())) & set(group if has_videos else given)
     for name in sorted(names - _READ_ELSEWHERE - _used_names(image_processor)):
         if given.get(name) not in (None, False):
-            raise ValueError(
+            raise InputError(
                 f"{name}={given[name]!r} would have no effect: {type(image_processor).__name__} does not read it."
             )
     for name, switch in (("size", "do_resize"), ("crop_size", "do_center_crop")):
         if given.get(name) is not None and not setting(keywords, image_processor, switch):
-            raise ValueError(f"{name}={given[name]!r} would have no effect without {switch}=True.")
+            raise InputError(f"{name}={given[name]!r} would have no effect without {switch}=True.")
 
 
 def _sides(value: Any, name: str, default_to_square: bool, most: int) -> dict[str, int]:
     """A size in pixels as a dict of its sides.
 
     Raises:
-        ValueError: it is none, or larger than `most`.
+        InputError: it is none, or larger than `most`.
     """
     try:
         size = get_size_dict(dict(value) if hasattr(value, "keys") else value, default_to_square=default_to_square)
@@ -142,7 +143,7 @@ def _sides(value: Any, name: str, default_to_square: bool, most: int) -> dict[st
     except (TypeError, ValueError):
         sides = {}
     if not sides or not all(type(side) is int and 1 <= side <= most for side in sides.values()):
-        raise ValueError(
+        raise InputError(
             f"{name} must be a side in pixels or {{'height': ..., 'width': ...}}, each from 1 to {most}, got "
             f"{value!r}."
         )
@@ -156,12 +157,12 @@ def fixed_view(keywords: dict[str, Any], image_processor: BaseImageProcessor, pa
         patch: side of the grid's patches in pixels.
 
     Raises:
-        ValueError: a padding that is not to a square, or a size that is none.
+        InputError: a padding that is not to a square, or a size that is none.
     """
     names = ("do_pad", "do_resize", "size", "do_center_crop", "crop_size")
     settings = {name: setting(keywords, image_processor, name) for name in names}
     if settings["do_pad"] and not hasattr(image_processor, "pad_to_square"):
-        raise ValueError(f"do_pad of {type(image_processor).__name__} is not a padding to a square.")
+        raise InputError(f"do_pad of {type(image_processor).__name__} is not a padding to a square.")
     most = patch * math.isqrt(MOST_TOKENS)
     for name, switch, is_square in (("size", "do_resize", False), ("crop_size", "do_center_crop", True)):
         if settings[switch]:

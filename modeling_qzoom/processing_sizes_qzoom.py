@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .errors_qzoom import InputError
 from .zoom_options_qzoom import python_number
 
 
@@ -22,18 +23,18 @@ def check_budget(min_tokens: int | None, max_tokens: int | None) -> None:
     """Checks a budget's bounds.
 
     Raises:
-        ValueError: a bound is not a positive integer, larger than any backbone's context, or the bounds cross.
+        InputError: a bound is not a positive integer, larger than any backbone's context, or the bounds cross.
     """
     for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens)):
         if value is not None and not _is_count(value):
-            raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+            raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
         if value is not None and value > MOST_TOKENS:
-            raise ValueError(
+            raise InputError(
                 f"{name} = {value} is more than {MOST_TOKENS} tokens, the longest context of any supported backbone; "
                 "an image alone would not fit."
             )
     if min_tokens is not None and max_tokens is not None and min_tokens > max_tokens:
-        raise ValueError(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).")
+        raise InputError(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).")
 
 
 def token_side(image_processor: BaseImageProcessor) -> int:
@@ -48,20 +49,20 @@ def area_size(size: Any, image_processor: BaseImageProcessor, name: str) -> dict
         name: where it was given, for the error.
 
     Raises:
-        ValueError: anything else than the two areas, or a smallest area beyond any backbone's context.
+        InputError: anything else than the two areas, or a smallest area beyond any backbone's context.
     """
     try:
         areas = {key: value for key, value in dict(size).items() if value is not None}
     except (TypeError, ValueError):
         areas = {}
     if set(areas) != {"shortest_edge", "longest_edge"} or not all(_is_count(value) for value in areas.values()):
-        raise ValueError(
+        raise InputError(
             f"{name} must be {{'shortest_edge': ..., 'longest_edge': ...}}, the smallest and the largest area of the "
             f"coarse view in pixels, got {size!r}. In tokens: min_tokens and max_tokens."
         )
     most = MOST_TOKENS * token_side(image_processor) ** 2
     if areas["shortest_edge"] > most:
-        raise ValueError(
+        raise InputError(
             f"{name} asks for at least {areas['shortest_edge']} pixels an image, which is more than {MOST_TOKENS} "
             "tokens, the longest context of any supported backbone."
         )
@@ -96,7 +97,7 @@ def budget_size(size: dict[str, int], token_area: int, budgets: Iterable[Budget]
         budgets: (min_tokens, max_tokens) each; a later one wins and pushes the other bound where they cross.
 
     Raises:
-        ValueError: as `check_budget`.
+        InputError: as `check_budget`.
     """
     for low, high in budgets:
         check_budget(low, high)

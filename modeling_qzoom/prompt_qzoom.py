@@ -10,6 +10,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import BackboneSpec, token_grid_of
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import InputError
+from .rows_qzoom import pick
 
 
 @dataclass
@@ -41,7 +43,7 @@ def check_visual_tokens(vlm_config: PreTrainedConfig, input_ids: Tensor, vision:
     """Compares image and video tokens of prompts with the grids beside them, as far as both are there.
 
     Raises:
-        ValueError: there are more or fewer tokens than the grids have cells.
+        InputError: there are more or fewer tokens than the grids have cells.
     """
     for kind in ("Image", "Video"):
         grids = vision.get(f"{kind.lower()}_grid_thw")
@@ -52,7 +54,7 @@ def check_visual_tokens(vlm_config: PreTrainedConfig, input_ids: Tensor, vision:
             continue
         features = int(grids.prod(-1).sum()) // token_grid_of(vlm_config).merge ** 2
         if tokens != features:
-            raise ValueError(mismatch(kind, tokens, features))
+            raise InputError(mismatch(kind, tokens, features))
 
 
 # what positions depend on besides ids and padding
@@ -85,7 +87,7 @@ def prompt_positions(
     try:
         grid, _ = vlm.base_model.get_rope_index(input_ids, attention_mask=attention_mask, **vision)
     except StopIteration as error:  # which would silently end a loop over batches
-        raise ValueError(
+        raise InputError(
             "the prompts hold more separate stretches of image or video tokens than there are grids in image_grid_thw "
             "or video_grid_thw. Were prompts and images processed together?"
         ) from error
@@ -121,7 +123,7 @@ def image_spans(input_ids: Tensor, image_token_id: int, grids: list[tuple[int, i
         One list of spans per row.
 
     Raises:
-        ValueError: the rows' image tokens do not add up to the given images.
+        InputError: the rows' image tokens do not add up to the given images.
     """
     rows: list[list[ImageSpan]] = []
     index = 0
@@ -132,11 +134,11 @@ def image_spans(input_ids: Tensor, image_token_id: int, grids: list[tuple[int, i
         while used < len(columns):
             place = f"row {row}, image {len(spans)}"
             if index == len(grids):
-                raise ValueError(f"{place}: the prompt has image tokens left but only {len(grids)} images were given.")
+                raise InputError(f"{place}: the prompt has image tokens left but only {len(grids)} images were given.")
             height, width = grids[index]
             run = columns[used : used + height * width]
             if len(run) < height * width or run[-1] - run[0] != len(run) - 1:
-                raise ValueError(
+                raise InputError(
                     f"{place}: an image of {height} × {width} tokens needs {height * width} image tokens in a row, "
                     f"the prompt has {len(run)} from column {run[0]} on. Were prompt and images processed together?"
                 )
@@ -144,7 +146,7 @@ def image_spans(input_ids: Tensor, image_token_id: int, grids: list[tuple[int, i
             used, index = used + len(run), index + 1
         rows.append(spans)
     if index != len(grids):
-        raise ValueError(f"{len(grids)} images were given, the prompts hold the tokens of {index}.")
+        raise InputError(f"{len(grids)} images were given, the prompts hold the tokens of {index}.")
     return rows
 
 
@@ -165,7 +167,7 @@ class DeepStack:
         chosen = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
         chosen[rows] = True
         keep = chosen[:, None].expand_as(self.mask)[self.mask]  # (n,)
-        return DeepStack([level[keep.to(level.device)] for level in self.levels], self.mask[rows][:, -length:])
+        return DeepStack([level[keep.to(level.device)] for level in self.levels], pick(self.mask, rows)[:, -length:])
 
     def add(self, hidden_states: Tensor, layer: int) -> Tensor:
         """Adds the features that belong behind decoder layer `layer`, if any."""
@@ -201,7 +203,7 @@ def embed_prompt(
         mask = torch.eq(input_ids, cast(int, token_id))  # (B, N)
         flat = torch.cat(features.embeds).to(embeds.device, embeds.dtype)  # (n, D)
         if int(mask.sum()) != len(flat):
-            raise ValueError(mismatch(kind, int(mask.sum()), len(flat)))
+            raise InputError(mismatch(kind, int(mask.sum()), len(flat)))
         embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), flat)
         parts.append((mask, features))
     if not parts or not parts[0][1].deepstack:
@@ -222,7 +224,7 @@ def prompt_images(config: QZoomConfig, input_ids: Tensor, image_grid_thw: Tensor
     """Where each row's images are.
 
     Raises:
-        ValueError: the prompts' image tokens do not add up to the images.
+        InputError: the prompts' image tokens do not add up to the images.
     """
     image_tokens = int((input_ids == config.image_token_id).sum())
     grids = token_grid_of(config.vlm_config).token_grids(image_tokens, image_grid_thw)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors_qzoom import InputError
 from .processing_images_qzoom import ImageSlot, load_rgb
 
 
@@ -184,10 +185,10 @@ def text_picture(report: Any, *, widest: int = _WIDEST_MAP) -> str:
         widest: most cells in a line; larger maps are drawn in fewer cells.
 
     Raises:
-        ValueError: `widest` is not positive.
+        InputError: `widest` is not positive.
     """
     if widest < 1:
-        raise ValueError(f"widest must be a positive number of cells, got {widest}.")
+        raise InputError(f"widest must be a positive number of cells, got {widest}.")
     lines = caption_lines(report)
     if report.heatmap is not None and report.heatmap.numel():
         heat = _relative_heat(report)
@@ -278,17 +279,17 @@ def overlay(
         An RGB image: the (scaled) source, with crop and caption if asked for.
 
     Raises:
-        ValueError: an option out of range, or a box outside the image, which is then not the one zoomed into.
+        InputError: an option out of range, or a box outside the image, which is then not the one zoomed into.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+        raise InputError(f"alpha must lie in [0, 1], got {alpha}.")
     if max_side < 1:
-        raise ValueError(f"max_side must be a positive number of pixels, got {max_side}.")
+        raise InputError(f"max_side must be a positive number of pixels, got {max_side}.")
     source = load_rgb(ImageSlot(image, index=report.image_index or 0))
     if report.box is not None:
         x0, y0, x1, y1 = report.box
         if not (0 <= x0 < x1 <= source.width and 0 <= y0 < y1 <= source.height):
-            raise ValueError(
+            raise InputError(
                 f"box {tuple(report.box)} does not lie in an image of {source.width} × {source.height} pixels: pass "
                 "the source image that was zoomed into, in its own resolution."
             )

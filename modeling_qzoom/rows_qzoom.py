@@ -1,22 +1,26 @@
-"""Rows of a batch: picked, gathered by column, padded."""
+"""Rows of a batch: picked, gathered by column, padded; and their positions.
+
+Axes: B rows, N columns (tokens), A axes of a position (3 with M-RoPE: t, h, w; otherwise 1).
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def _gather(states: Tensor, columns: Tensor) -> Tensor:
-    """(B, n, …) at (B, m) columns → (B, m, …)."""
+def pick(tensor: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
+    """`tensor` at `rows` along `dim`; itself when the rows are all of them."""
+    if list(rows) == list(range(tensor.shape[dim])):
+        return tensor
+    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+
+
+def gather(states: Tensor, columns: Tensor) -> Tensor:
+    """(B, N, …) at per-row (B, m) columns → (B, m, …)."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, columns.to(states.device)]
-
-
-def _gather_columns(states: Tensor, columns: Tensor) -> Tensor:
-    """(B, heads, n, d) at per-row (B, m) columns → (B, heads, m, d)."""
-    columns = columns.to(states.device)
-    index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states.gather(2, index)
 
 
 def pad_left(rows: list[Tensor], length: int, dim: int = 0) -> Tensor:
@@ -35,14 +39,42 @@ def length_mask(lengths: list[int], length: int, device: torch.device) -> Tensor
     return (columns >= length - torch.tensor(lengths, device=device)[:, None]).long()
 
 
-def stack_positions(rows: list[Tensor], length: int) -> Tensor:
-    """Rows of (3, n) or (n,) positions, left-padded → (3, B, length) or (B, length)."""
-    stacked = pad_left(rows, length, dim=rows[0].ndim - 1)
-    return stacked.transpose(0, 1) if stacked.ndim == 3 else stacked
+@dataclass(frozen=True)
+class Positions:
+    """Positions of a batch of tokens.
 
+    Attributes:
+        values: (A, B, N), whole or fractional numbers.
+    """
 
-def select_rows(tensor: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
-    """`tensor` at `rows` along `dim`; itself when the rows are all of them."""
-    if list(rows) == list(range(tensor.shape[dim])):
-        return tensor
-    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Positions":
+        """From what transformers passes around: (B, N), (3, B, N), or (4, B, N) with the text's positions in front."""
+        return cls(tensor[None] if tensor.ndim == 2 else tensor[-3:])
+
+    @classmethod
+    def stack(cls, rows: list[Tensor], length: int) -> "Positions":
+        """Rows (A, n), left-padded with zeros to `length`."""
+        return cls(pad_left(rows, length, dim=1).transpose(0, 1).contiguous())
+
+    def for_decoder(self) -> Tensor:
+        """(3, B, N), or (B, N) with one axis: as a decoder takes them."""
+        return self.values if len(self.values) > 1 else self.values[0]
+
+    def row(self, row: int) -> Tensor:
+        """(A, N) of one row."""
+        return self.values[:, row]
+
+    def pick(self, rows: Sequence[int]) -> "Positions":
+        """Those of some rows."""
+        return Positions(pick(self.values, rows, 1))
+
+    def last(self, length: int) -> "Positions":
+        """Those of the last columns."""
+        return Positions(self.values[..., -length:])
+
+    def repeat(self, times: int) -> "Positions":
+        """Every row so many times in a row, as beams want them."""
+        return Positions(self.values.repeat_interleave(times, dim=1))

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .errors_qzoom import CheckpointError
 from .loading_weight_files_qzoom import tensor_names
 
 
@@ -73,18 +74,18 @@ def check_target(folder: str | os.PathLike[str], kind: str, bases: Iterable[str 
         bases: names or folders of the model that it was made from.
 
     Raises:
-        ValueError: says what is there.
+        CheckpointError: says what is there.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose a folder to save to.")
+        raise CheckpointError(f"{folder} is a file; choose a folder to save to.")
     if any(base is not None and _is_same(base, folder) for base in bases):
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} is the folder of the base model, whose weights would be overwritten; choose another folder."
         )
     content = what_is_in(folder)
     if content not in (None, kind):
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} holds {content}, which {kind} would overwrite or be mixed with; choose another folder, or "
             "empty this one first."
         )

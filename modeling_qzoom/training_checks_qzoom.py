@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .errors_qzoom import InputError
 from .zoom_options_qzoom import OPTION_NAMES
 
 
@@ -28,16 +29,16 @@ def check_names(kwargs: dict[str, Any]) -> None:
         kwargs: what `forward` got besides its named arguments.
 
     Raises:
-        ValueError: an option of `generate`, or a name close to an argument or option of ours.
+        InputError: an option of `generate`, or a name close to an argument or option of ours.
     """
     for name, value in kwargs.items():
         if not _asks_for_something(value):
             continue
         close = difflib.get_close_matches(name, (*_OWN, *_OF_GENERATE), n=1, cutoff=_SIMILAR)
         if close and close[0] in _OWN:
-            raise ValueError(f"forward has no argument {name!r}; is it a misspelt {close[0]!r}?")
+            raise InputError(f"forward has no argument {name!r}; is it a misspelt {close[0]!r}?")
         if close:
-            raise ValueError(
+            raise InputError(
                 f"{name!r} is no argument of forward: {close[0]!r} is an option of generate. A training pass takes it "
                 "from model.generation_config or model.config."
             )
@@ -49,18 +50,18 @@ def check_combination(
     """Refuses arguments that belong to another kind of pass; each is None where it is not given.
 
     Raises:
-        ValueError: targets and labels together, or an argument whose pass is not asked for.
+        InputError: targets and labels together, or an argument whose pass is not asked for.
     """
     has_targets = region_targets is not None or gate_targets is not None
     if has_targets and labels is not None:
-        raise ValueError(
+        raise InputError(
             "labels and branch targets belong to different training stages; pass either labels, or "
             "region_targets and gate_targets."
         )
     if query_positions is not None and not has_targets:
-        raise ValueError("query_positions say where the branches are asked; pass region_targets or gate_targets too.")
+        raise InputError("query_positions say where the branches are asked; pass region_targets or gate_targets too.")
     if zoom_boxes is not None and labels is None:
-        raise ValueError(
+        raise InputError(
             "zoom_boxes say which crops are trained on, so forward takes them with labels only; to look at an "
             "answer with a crop, call generate."
         )
@@ -81,7 +82,7 @@ def check_training_call(
         The ids.
 
     Raises:
-        ValueError: names the arguments, or says that there are no ids.
+        InputError: names the arguments, or says that there are no ids.
     """
     given = {
         "position_ids": position_ids,
@@ -93,10 +94,10 @@ def check_training_call(
     }
     refused = sorted(name for name, value in given.items() if _asks_for_something(value))
     if refused:
-        raise ValueError(
+        raise InputError(
             f"{_PASS} does not take {refused}: it makes positions and embeddings itself, keeps no cache, and returns "
             "losses and logits only. Check for a misspelt argument."
         )
     if input_ids is None:
-        raise ValueError(f"{_PASS} needs input_ids.")
+        raise InputError(f"{_PASS} needs input_ids.")
     return input_ids

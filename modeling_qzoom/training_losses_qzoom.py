@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
+from torch import Tensor, nn
 
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
-from .errors_qzoom import CropError
+from .errors_qzoom import CropError, InputError
 from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
-from .rows_qzoom import pad_left, stack_positions
+from .rows_qzoom import Positions, pad_left
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
 from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
 from .zoom_fusion_qzoom import PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import resolve_options
 from .zoom_regions_qzoom import Box, pixels_to_cells
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
@@ -63,11 +63,11 @@ def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy over targets that are not -100; zero, with gradient, when there are none.
 
     Raises:
-        ValueError: a target is none of 1, 0 and -100.
+        InputError: a target is none of 1, 0 and -100.
     """
     keep = targets != IGNORED
     if not ((targets == 0) | (targets == 1) | ~keep).all():
-        raise ValueError("targets must be 1, 0 or -100 (ignored); others were given.")
+        raise InputError("targets must be 1, 0 or -100 (ignored); others were given.")
     if not keep.any():
         return logits.sum() * 0.0
     return F.binary_cross_entropy_with_logits(logits[keep], targets[keep].to(logits.dtype))
@@ -83,7 +83,7 @@ def _region_targets_by_image(targets: Any, row: int, spans: list[ImageSpan]) -> 
     """One (Q, h, w) map per image of a row."""
     maps = list(targets) if isinstance(targets, (list, tuple)) else [targets]
     if len(maps) != len(spans):
-        raise ValueError(
+        raise InputError(
             f"region_targets: row {row} has {len(maps)} maps and {len(spans)} images; give a (Q, h, w) map per image."
         )
     maps = [_as_numbers(part) for part in maps]
@@ -101,7 +101,7 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
     for row_logits, row_targets in zip(logits, targets):
         for scores, labels in zip(row_logits, row_targets):
             if scores.shape[0] != labels.shape[0]:
-                raise ValueError(
+                raise InputError(
                     f"region_targets has {labels.shape[0]} maps for an image that {scores.shape[0]} queries ask about."
                 )
             if scores.shape[1:] != labels.shape[1:]:
@@ -112,7 +112,7 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
 
 
 def branch_pass(
-    model: PreTrainedModel,
+    model: ZoomModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     vision: dict[str, Any],
@@ -130,10 +130,10 @@ def branch_pass(
     result: dict[str, Any] = {}
     if gate_targets is not None:
         if model.zoom.gate is None:
-            raise ValueError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+            raise InputError("gate_targets were given, but this model has no gate (config.has_gate is False).")
         gate_targets = _as_numbers(gate_targets)
         if gate_targets.shape != input_ids.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
             )
         logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
@@ -142,12 +142,12 @@ def branch_pass(
         result["gate_loss"] = masked_bce(logits, asked)
     if region_targets is not None:
         if len(region_targets) != len(input_ids):
-            raise ValueError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
+            raise InputError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
         spans = prompt_images(model.config, input_ids, vision.get("image_grid_thw"))
         rows = [row for row, targets in enumerate(region_targets) if targets is not None]
         without = [row for row in rows if not spans[row]]
         if without:
-            raise ValueError(f"region_targets: rows {without} have targets but no image.")
+            raise InputError(f"region_targets: rows {without} have targets but no image.")
         maps_by_row: list[list[Tensor]] = [[] for _ in spans]
         targets_by_row: list[list[Tensor]] = [[] for _ in spans]
         if rows:
@@ -173,10 +173,10 @@ def branch_pass(
     return result
 
 
-def _unused_by_branches(model: PreTrainedModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
+def _unused_by_branches(model: ZoomModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
     """What a branch pass leaves out: all above layer K, and a branch without targets."""
     decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
-    branches = [] if has_region else [model.zoom.region]
+    branches: list[nn.Module] = [] if has_region else [model.zoom.region]
     if model.zoom.gate is not None and not has_gate:
         branches.append(model.zoom.gate)
     parts = [*decoder.layers[layer_k:], decoder.norm, model.get_output_embeddings(), *branches]
@@ -188,7 +188,7 @@ def _unused_by_branches(model: PreTrainedModel, view: CoarseView, *, has_region:
 def _check_queries(query_positions: Tensor, input_ids: Tensor) -> None:
     rows, length = input_ids.shape
     if query_positions.ndim != 2 or len(query_positions) != rows or int(query_positions.max()) >= length:
-        raise ValueError(
+        raise InputError(
             f"query_positions must be ({rows}, Q) columns below {length}, or -1, got shape "
             f"{tuple(query_positions.shape)} with a largest value of {int(query_positions.max())}."
         )
@@ -201,12 +201,12 @@ def _ignore_queries(targets: Tensor, queries: list[int]) -> Tensor:
 
 
 def _given_crops(
-    model: PreTrainedModel, request: ZoomRequest, zoom_boxes: Sequence[Any], device: torch.device
+    model: ZoomModel, request: ZoomRequest, zoom_boxes: Sequence[Any], device: torch.device
 ) -> list[PlacedCrop]:
     """Crops of the boxes that the caller chose."""
     recipe = crop_recipe(model.config, request.options)
     if len(zoom_boxes) != len(request.spans):
-        raise ValueError(f"zoom_boxes has {len(zoom_boxes)} rows, the batch {len(request.spans)}.")
+        raise InputError(f"zoom_boxes has {len(zoom_boxes)} rows, the batch {len(request.spans)}.")
     crops = []
     for row, entry in enumerate(zoom_boxes):
         if entry is None:
@@ -214,32 +214,30 @@ def _given_crops(
         entry = entry.tolist() if isinstance(entry, Tensor) else entry
         image, corners = entry if len(entry) == 2 else (0, entry)
         if not 0 <= image < len(request.spans[row]):
-            raise ValueError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
+            raise InputError(f"zoom_boxes: row {row} names image {image}, it has {len(request.spans[row])} images.")
         span = request.spans[row][image]
         source = request.sources[span.index]
         if len(corners) != 4:
-            raise ValueError(f"zoom_boxes: row {row} holds {entry!r}; a box has four numbers (x0, y0, x1, y1).")
+            raise InputError(f"zoom_boxes: row {row} holds {entry!r}; a box has four numbers (x0, y0, x1, y1).")
         x0, y0, x1, y1 = (int(value) for value in corners)
         box: Box = (x0, y0, x1, y1)
         height, width = source.shape[1:]
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(
+            raise InputError(
                 f"zoom_boxes: the box {box} of row {row} is empty or leaves its image of {width} × {height} pixels; "
                 "boxes are (x0, y0, x1, y1) in source pixels, end exclusive."
             )
         try:
             crop = cut_crop(source.to(device), box, recipe)
         except CropError as error:
-            raise ValueError(f"zoom_boxes: row {row}: {error}") from error
+            raise InputError(f"zoom_boxes: row {row}: {error}") from error
         cells = pixels_to_cells(box, span.grid, (height, width), request.grid_boxes[span.index])
         crops.append(PlacedCrop(row, span, cells, crop))
     return crops
 
 
 @torch.no_grad()
-def _proposed_crops(
-    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, labels: Tensor
-) -> list[PlacedCrop]:
+def _proposed_crops(model: ZoomModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[PlacedCrop]:
     """Crops that the region branch proposes, asked at each row's last prompt token."""
     reached = run_to_branch(model, view)
     columns = torch.arange(labels.shape[1], device=labels.device)
@@ -249,7 +247,7 @@ def _proposed_crops(
 
 
 def fused_language_pass(
-    model: PreTrainedModel,
+    model: ZoomModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     vision: dict[str, Any],
@@ -265,14 +263,14 @@ def fused_language_pass(
     spans = prompt_images(model.config, input_ids, vision.get("image_grid_thw"))
     sources = collect_sources(source_images, spans)
     defaults = () if model.generation_config is None else (model.generation_config,)
-    options = resolve_options({"zoom": "always"}, defaults, model.config, mrope=view.positions.ndim == 3)
+    options = resolve_options({"zoom": "always"}, defaults, model.config, mrope=model.config.backbone.mrope)
     request = ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)))
     if zoom_boxes is None:
         crops = _proposed_crops(model, request, view, labels)
     else:
         crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
 
-    rows = [plain_row(row, view.valid[row], view.positions[..., row, :]) for row in range(len(input_ids))]
+    rows = [plain_row(row, view.valid[row], view.positions.row(row)) for row in range(len(input_ids))]
     empty = view.embeds[:0, 0]  # (0, D)
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
     features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
@@ -294,14 +292,14 @@ def fused_language_pass(
         own = labels[row.row]
         fused_labels[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
     mask = pad_left([row.mask for row in rows], length).to(embeds.device)
-    positions = stack_positions([row.positions for row in rows], length)
+    positions = Positions.stack([row.positions for row in rows], length)
     hidden = run_layers(
         decoder,
         embeds,
         0,
         len(decoder.layers),
         mask=causal_mask(decoder, embeds, mask, None),
-        position_embeddings=rotary(decoder, embeds, positions),
+        position_embeddings=rotary(decoder, embeds, positions.for_decoder()),
         deepstack=fused_deepstack(view, rows, features, length, full=True),
     )
     logits = model.get_output_embeddings()(decoder.norm(hidden))

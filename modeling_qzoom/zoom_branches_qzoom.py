@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backbone_layers_qzoom import Mask, Rotary, run_layers
 from .backbones_qzoom import BackboneSpec
 from .configuration_qzoom import QZoomConfig
-from .rows_qzoom import _gather
+from .rows_qzoom import gather
 
 
 def _layer_class(decoder: PreTrainedModel) -> type[nn.Module]:
@@ -55,7 +55,7 @@ class GateBranch(BranchLayers):
             (B,) float32.
         """
         hidden_states = self.run(hidden_states, mask, position_embeddings)
-        last = _gather(hidden_states, query_columns)[:, 0]  # (B, D)
+        last = gather(hidden_states, query_columns)[:, 0]  # (B, D)
         return self.head(last.to(self.head.weight.dtype))[:, 0].float()
 
 
@@ -80,12 +80,12 @@ class RegionScorer(nn.Module):
         projection: nn.Module,
         norm: nn.Module | None,
     ) -> Tensor:
-        states = self.input_layernorm(_gather(hidden_states, columns)).to(projection.weight.dtype)
+        states = self.input_layernorm(gather(hidden_states, columns)).to(projection.weight.dtype)
         states = projection(states).unflatten(-1, (-1, self.head_dim))  # (B, m, heads, head_dim)
         states = states if norm is None else norm(states)
         if self.rotary:
             cos, sin = position_embeddings
-            states = _rotate(states, (_gather(cos, columns), _gather(sin, columns)))
+            states = _rotate(states, (gather(cos, columns), gather(sin, columns)))
         return states.float()
 
     def forward(

@@ -13,9 +13,11 @@ from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CropError
 from .prompt_qzoom import ImageSpan
 from .report_qzoom import ZoomReport
+from .rows_qzoom import pick
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import crop_recipe, cut_crop
 from .zoom_fusion_qzoom import PlacedCrop
+from .zoom_model_qzoom import ZoomModel
 from .zoom_regions_qzoom import box_to_pixels, foreground_box, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
@@ -24,11 +26,10 @@ def branch_inputs(decoder: PreTrainedModel, view: CoarseView, rows: list[int]) -
     """Hidden states, mask and rotary embeddings of some rows, for a branch."""
     if rows == list(range(len(view.hidden))):
         return view.hidden, view.mask, view.position_embeddings
-    index = torch.tensor(rows, device=view.hidden.device)
-    hidden = view.hidden[index]
-    mask = causal_mask(decoder, hidden, view.valid[index.to(view.valid.device)], None)
-    cos, sin = view.position_embeddings
-    return hidden, mask, (cos[index.to(cos.device)], sin[index.to(sin.device)])
+    hidden = pick(view.hidden, rows)
+    mask = causal_mask(decoder, hidden, pick(view.valid, rows), None)
+    cos, sin = (pick(part, rows) for part in view.position_embeddings)
+    return hidden, mask, (cos, sin)
 
 
 def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
@@ -41,17 +42,17 @@ def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
     return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
 
 
-def gate_logits(
-    model: PreTrainedModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None
-) -> Tensor:
-    """(rows,) logits of the gate.
+def gate_logits(model: ZoomModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None) -> Tensor:
+    """(rows,) logits of the gate, which the model must have.
 
     Args:
         query_columns: (rows, 1); the last prompt token by default.
     """
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
     queries = last_columns(view, rows) if query_columns is None else query_columns
-    return model.zoom.gate(hidden, mask, position_embeddings, queries)
+    gate = model.zoom.gate
+    assert gate is not None
+    return gate(hidden, mask, position_embeddings, queries)
 
 
 @dataclass
@@ -63,7 +64,7 @@ class RegionMaps:
 
 
 def region_maps(
-    model: PreTrainedModel,
+    model: ZoomModel,
     view: CoarseView,
     rows: list[int],
     spans: list[list[ImageSpan]],
@@ -117,7 +118,7 @@ def plain_reports(config: QZoomConfig, input_ids: Tensor, reason: str) -> list[Z
 
 
 def decide(
-    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, query_columns: Tensor | None = None
 ) -> tuple[list[ZoomReport], list[PlacedCrop]]:
     """Steps 2 and 4 to 5: gate, region, crop.
 
@@ -158,7 +159,7 @@ def decide(
 
 
 def _crop_row(
-    model: PreTrainedModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
+    model: ZoomModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
 ) -> PlacedCrop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
     spec, options = model.config.backbone, request.options

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
 
 from .prompt_qzoom import DeepStack, ImageSpan, VisualFeatures, marker_ids
 from .rows_qzoom import pad_left
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import Crop
+from .zoom_model_qzoom import ZoomModel
 from .zoom_regions_qzoom import Rectangle
 from .zoom_request_qzoom import ZoomRequest
 
@@ -46,7 +46,7 @@ class FusedRow:
         suffix: (S,) prompt columns after it; recomputed.
         block: number of inserted positions, markers included.
         crop: number of crop tokens among them.
-        positions: (3, P + block + S) float32 for M-RoPE, (P + block + S,) float32 otherwise.
+        positions: (A, P + block + S) float32.
         mask: (P + block + S,) long, 0 where the prompt's mask hides a token.
     """
 
@@ -114,7 +114,7 @@ def _prompt_columns(valid: Tensor) -> Tensor:
 def plain_row(row: int, valid: Tensor, positions: Tensor) -> FusedRow:
     """A row without a crop: its own prompt, all of it prefix."""
     columns = _prompt_columns(valid)
-    return FusedRow(row, columns, columns[:0], 0, 0, positions[..., columns].float(), valid[columns].long())
+    return FusedRow(row, columns, columns[:0], 0, 0, positions[:, columns].float(), valid[columns].long())
 
 
 def fuse_row(
@@ -135,7 +135,7 @@ def fuse_row(
         row: index of the row in the batch.
         input_ids, valid: (N,) ids and attention mask of the prompt; a token of the zoomed image, or one before it,
             must be visible.
-        positions: (3, N) or (N,) positions of the prompt.
+        positions: (A, N) positions of the prompt.
         span: the zoomed image.
         box: (x0, y0, x1, y1) in cells of its grid.
         crop_grid: (height, width) of the crop in tokens.
@@ -148,15 +148,16 @@ def fuse_row(
         end += 1
     prefix, suffix = columns[columns < end], columns[columns >= end]
     crop = crop_grid[0] * crop_grid[1]
-    margin = 1 if markers is not None and positions.ndim > 1 else 0
+    has_grid = len(positions) > 1
+    margin = 1 if markers is not None and has_grid else 0
     block = crop + 2 * margin
     mask = torch.cat([valid[prefix], valid.new_ones(block), valid[suffix]]).long()
     positions = positions.float()
     last = prefix[valid[prefix] > 0][-1]  # a hidden token, the end marker included, takes no position
-    start = float(positions[..., last].max()) + 1
-    if positions.ndim == 1:
-        inserted = start + torch.arange(crop, dtype=torch.float32, device=positions.device)
-        fused = torch.cat([positions[prefix], inserted, positions[suffix] + crop])
+    start = float(positions[:, last].max()) + 1
+    if not has_grid:
+        inserted = start + torch.arange(crop, dtype=torch.float32, device=positions.device)[None]
+        fused = torch.cat([positions[:, prefix], inserted, positions[:, suffix] + crop], dim=1)
         return FusedRow(row, prefix, suffix, block, crop, fused, mask)
     origin = float(positions[0, span.start])
     inserted = crop_positions(start + margin, origin, box, crop_grid, alignment).to(positions.device)
@@ -168,9 +169,7 @@ def fuse_row(
     return FusedRow(row, prefix, suffix, block, crop, fused, mask)
 
 
-def plan_rows(
-    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
-) -> list[FusedRow]:
+def plan_rows(model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]) -> list[FusedRow]:
     """The fused sequence of every zooming row."""
     default = "continuous" if model.config.backbone.mrope else "sequential"
     alignment = request.options.position_alignment or default
@@ -180,7 +179,7 @@ def plan_rows(
             placed.row,
             view.input_ids[placed.row],
             view.valid[placed.row],
-            view.positions[..., placed.row, :],
+            view.positions.row(placed.row),
             placed.span,
             placed.cells,
             placed.crop.token_grid,
@@ -191,7 +190,7 @@ def plan_rows(
     ]
 
 
-def _inserted_embeds(model: PreTrainedModel, row: FusedRow, crop_embeds: Tensor, like: Tensor) -> Tensor:
+def _inserted_embeds(model: ZoomModel, row: FusedRow, crop_embeds: Tensor, like: Tensor) -> Tensor:
     """(block, D): the crop's tokens between their markers."""
     crop_embeds = crop_embeds.to(like.device, like.dtype)
     if not row.has_markers:
@@ -201,9 +200,7 @@ def _inserted_embeds(model: PreTrainedModel, row: FusedRow, crop_embeds: Tensor,
     return torch.cat([before[None], crop_embeds, after[None]])
 
 
-def fused_embeds(
-    model: PreTrainedModel, view: CoarseView, row: FusedRow, crop_embeds: Tensor, *, full: bool
-) -> Tensor:
+def fused_embeds(model: ZoomModel, view: CoarseView, row: FusedRow, crop_embeds: Tensor, *, full: bool) -> Tensor:
     """(n, D) inputs of layer 0 for the inserted block and the suffix; `full` puts the prefix in front."""
     inserted = _inserted_embeds(model, row, crop_embeds, view.embeds)
     prefix = [view.embeds[row.row, row.prefix]] if full else []

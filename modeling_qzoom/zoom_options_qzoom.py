@@ -10,6 +10,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .errors_qzoom import InputError
+
 
 ZOOM_MODES = ("auto", "always", "never")
 THRESHOLD_MODES = ("absolute", "peak")
@@ -59,7 +61,7 @@ def _shown(value: Any) -> str:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {_shown(value)}.")
+        raise InputError(f"{name} must be one of {list(choices)}, got {_shown(value)}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -72,12 +74,12 @@ def _is_finite(value: Any) -> bool:
 def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not _is_finite(value) or value < low:
-        raise ValueError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {_shown(value)}.")
+        raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {_shown(value)}.")
 
 
 def _check_tokens(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name} must be a positive number of merged visual tokens or None, got {_shown(value)}.")
+        raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {_shown(value)}.")
 
 
 def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
@@ -87,13 +89,13 @@ def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
         config: the model's `QZoomConfig`.
 
     Raises:
-        ValueError: a bound is larger than any sequence may be.
+        InputError: a bound is larger than any sequence may be.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for name in CROP_BOUNDS:
         value = getattr(options, name)
         if value is not None and positions is not None and value > positions:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {_shown(value)}, but this model's sequences hold at most {positions} tokens "
                 "(max_position_embeddings), the prompt and the answer included. Set a smaller budget."
             )
@@ -124,7 +126,7 @@ def check_generation_config(entry: Any) -> None:
     """Looks for options that a generation config would carry without effect.
 
     Raises:
-        ValueError: an attribute that is nearly one of our options (nobody else's is called after zooming).
+        InputError: an attribute that is nearly one of our options (nobody else's is called after zooming).
         TypeError: no generation config at all.
     """
     if not isinstance(entry, GenerationConfig):
@@ -139,19 +141,19 @@ def check_generation_config(entry: Any) -> None:
         meant = close_miss(name, SETTING_NAMES)
         if meant is not None or "zoom" in name.lower():
             hint = f"did you mean {meant}?" if meant else f"the options are {sorted(SETTING_NAMES)}."
-            raise ValueError(f"the generation config sets {name!r}, which is no option of Q-Zoom; {hint}")
+            raise InputError(f"the generation config sets {name!r}, which is no option of Q-Zoom; {hint}")
 
 
 def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) -> bool:
     """Whether a call returns reports: as it says itself, else as the generation configs do.
 
     Raises:
-        ValueError: neither True nor False.
+        InputError: neither True nor False.
     """
     settings = (given, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
     for value in settings:
         if value is not None and not isinstance(value, bool):
-            raise ValueError(f"return_zoom_reports must be True or False, got {_shown(value)}.")
+            raise InputError(f"return_zoom_reports must be True or False, got {_shown(value)}.")
     return next((value for value in settings if value is not None), False)
 
 
@@ -162,7 +164,7 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
         mrope: whether the backbone has fractional (M-RoPE) positions.
 
     Raises:
-        ValueError: a sentence per misuse.
+        InputError: a sentence per misuse.
     """
     _check_choice("zoom", options.zoom, ZOOM_MODES)
     _check_choice("region_threshold_mode", options.region_threshold_mode, THRESHOLD_MODES)
@@ -172,11 +174,11 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
         _check_tokens(name, getattr(options, name))
     low, high = options.crop_min_tokens, options.crop_max_tokens
     if low is not None and high is not None and low > high:
-        raise ValueError(f"crop_min_tokens ({low}) is larger than crop_max_tokens ({high}).")
+        raise InputError(f"crop_min_tokens ({low}) is larger than crop_max_tokens ({high}).")
     if options.position_alignment is not None:
         _check_choice("position_alignment", options.position_alignment, ALIGNMENTS)
         if options.position_alignment == "continuous" and not mrope:
-            raise ValueError(
+            raise InputError(
                 "position_alignment='continuous' needs fractional (M-RoPE) positions, which this backbone does not "
                 "have; leave the option out or pass 'sequential'."
             )
@@ -191,19 +193,19 @@ def check_presets(
         The presets with Python numbers, which JSON can hold.
 
     Raises:
-        ValueError: names the preset and what is wrong with it.
+        InputError: names the preset and what is wrong with it.
     """
     for name, preset in presets.items():
         if not isinstance(preset, dict):
-            raise ValueError(f"preset {name!r} must be a dict of options, got {preset!r}.")
+            raise InputError(f"preset {name!r} must be a dict of options, got {preset!r}.")
         unknown = sorted(set(preset) - set(OPTION_NAMES))
         if unknown:
-            raise ValueError(f"preset {name!r} sets {unknown}; a preset may set {sorted(OPTION_NAMES)}.")
+            raise InputError(f"preset {name!r} sets {unknown}; a preset may set {sorted(OPTION_NAMES)}.")
         values = {key: value for key, value in preset.items() if value is not None}
         try:
             validate_options(replace(defaults, **values), mrope=mrope)
         except ValueError as error:
-            raise ValueError(f"preset {name!r}: {error}") from error
+            raise InputError(f"preset {name!r}: {error}") from error
     return {name: {key: python_number(value) for key, value in preset.items()} for name, preset in presets.items()}
 
 
@@ -211,13 +213,13 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
     """The options of a preset; none for `effort=None`.
 
     Raises:
-        ValueError: the checkpoint has no such preset.
+        InputError: the checkpoint has no such preset.
     """
     if effort is None:
         return {}
     if not isinstance(effort, str) or effort not in presets:
         known = sorted(presets) or "none; set thresholds and budgets one by one"
-        raise ValueError(f"effort={_shown(effort)} is not a preset of this checkpoint (presets: {known}).")
+        raise InputError(f"effort={_shown(effort)} is not a preset of this checkpoint (presets: {known}).")
     return presets[effort]
 
 
@@ -254,7 +256,7 @@ def resolve_options(
         config: the model's `QZoomConfig`.
 
     Raises:
-        ValueError: unknown preset, a misspelt option in a generation config, a budget beyond the model's length, or
+        InputError: unknown preset, a misspelt option in a generation config, a budget beyond the model's length, or
             what `validate_options` refuses.
     """
     for entry in generation_configs:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors_qzoom import InputError
+
 
 Box = tuple[int, int, int, int]
 Rectangle = tuple[float, float, float, float]
@@ -39,7 +41,7 @@ def zero_page_corner(probabilities: Tensor, first_token_logits: Tensor | None) -
 def zero_first_token_cells(probabilities: Tensor, first_token_logits: Tensor | None) -> Tensor:
     """Qwen3-VL: zeroes the cells whose keys resemble the first token's query, which are attention sinks."""
     if first_token_logits is None:
-        raise ValueError("this artifact rule needs the logits of the first token's query.")
+        raise InputError("this artifact rule needs the logits of the first token's query.")
     return probabilities.masked_fill(first_token_logits.sigmoid() >= _FIRST_TOKEN_LIMIT, 0)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .backbone_adapters_qzoom import RowAdapters
+from .errors_qzoom import InputError
 from .processing_images_qzoom import ImageSlot, load_rgb, source_tensor
-from .prompt_qzoom import ImageSpan
+from .prompt_qzoom import ImageSpan, VisualFeatures
 from .report_qzoom import ZoomReport
 from .source_images_qzoom import as_uint8, unpack_images
 from .zoom_options_qzoom import ZoomOptions
@@ -23,9 +24,9 @@ _WAY_OUT = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ZoomRequest:
-    """Everything that the zooming prefill needs besides the VLM's own inputs.
+    """Everything that the zooming prefill needs besides the VLM's own inputs, checked before anything runs.
 
     Attributes:
         options: the resolved options.
@@ -35,7 +36,7 @@ class ZoomRequest:
         expand_size: how often `generate` repeats each row (beams, return sequences).
         adapters: what peft gives the layers of this call by row, None for nothing.
         encoder_outputs: encoded images and videos of the distinct rows.
-        reports: filled by the prefill, one per distinct row.
+        reports: an empty list, which the prefill fills with one report per distinct row; copies share it.
     """
 
     options: ZoomOptions
@@ -44,7 +45,7 @@ class ZoomRequest:
     grid_boxes: list[Rectangle | None]
     adapters: RowAdapters | None = None
     expand_size: int = 1
-    encoder_outputs: dict[str, Any] = field(default_factory=dict)
+    encoder_outputs: dict[str, VisualFeatures] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
 
 
@@ -52,20 +53,20 @@ def as_source(slot: ImageSlot) -> Tensor:
     """A PIL image (upright and RGB, as the processor reads it) or integers (3, H, W) in 0..255 as (3, H, W) uint8.
 
     Raises:
-        ValueError: anything else; the message names the image's place.
+        InputError: anything else; the message names the image's place.
     """
     image = slot.image
     if hasattr(image, "convert"):
         return source_tensor(load_rgb(slot))
     source = as_uint8(image)
     if source is None and isinstance(image, Tensor):
-        raise ValueError(
+        raise InputError(
             f"source_images: {slot} is a {image.dtype} tensor of shape {tuple(image.shape)}; expected uint8 (3, H, "
             "W), as QZoomProcessor makes it (other integers in 0..255 will do), or a PIL image."
         )
     if source is None:
         shape = f" Its shape is {image.shape}, its type {image.dtype}." if hasattr(image, "shape") else ""
-        raise ValueError(
+        raise InputError(
             f"source_images: {slot} is a {type(image).__name__}; expected a PIL image or a uint8 tensor (3, H, W), or "
             f"an array or nested lists of that shape with integers in 0..255.{shape}"
         )
@@ -97,12 +98,14 @@ def _fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:
 
 
 def _check_orientation(source: Tensor, place: str, grid: tuple[int, int]) -> None:
-    """Raises:
-    ValueError: the source fits the grid only on its side.
+    """Checks that a source image is not given lying on its side.
+
+    Raises:
+        InputError: the source fits the grid only on its side.
     """
     height, width = source.shape[1:]
     if not _fits((height, width), grid) and _fits((width, height), grid):
-        raise ValueError(
+        raise InputError(
             f"source_images: {place} is {height} × {width} pixels (height × width), but its token grid is {grid[0]} × "
             f"{grid[1]}, which fits it only on its side. Are the sources in the order of the images, h before w in "
             "image_grid_thw, and both views upright?"
@@ -117,7 +120,7 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
             lists (3, H, W) of integers in 0..255. A (n, 3, H, W) tensor counts as a flat list.
 
     Raises:
-        ValueError: no sources, a wrong count (naming row and image), an image of the wrong kind, or one that lies on
+        InputError: no sources, a wrong count (naming row and image), an image of the wrong kind, or one that lies on
             its side.
     """
     expected = [len(row) for row in spans]
@@ -125,26 +128,26 @@ def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Te
         return []
     if source_images is None:
         row = next(index for index, count in enumerate(expected) if count)
-        raise ValueError(f"row {row} holds image tokens but source_images is missing. {_WAY_OUT}")
+        raise InputError(f"row {row} holds image tokens but source_images is missing. {_WAY_OUT}")
     unpacked = unpack_images(source_images)
     images = unpacked if isinstance(unpacked, list) else [unpacked]
     if _is_nested(images):
         if len(images) != len(expected):
-            raise ValueError(f"source_images has {len(images)} rows, the batch {len(expected)}.")
+            raise InputError(f"source_images has {len(images)} rows, the batch {len(expected)}.")
         for row, (given, count) in enumerate(zip(images, expected)):
             if len(given or []) != count:
-                raise ValueError(
+                raise InputError(
                     f"source_images: row {row} has {len(given or [])} images, its prompt has {count}. {_WAY_OUT}"
                 )
         images = [image for row in images for image in row or []]
     if len(images) < sum(expected):
         row, image = _place(len(images), expected)
-        raise ValueError(
+        raise InputError(
             f"source_images has {len(images)} images, the prompts have {sum(expected)}; the first one missing is row "
             f"{row}, image {image}. {_WAY_OUT}"
         )
     if len(images) > sum(expected):
-        raise ValueError(
+        raise InputError(
             f"source_images has {len(images)} images, the prompts have only {sum(expected)}; image {sum(expected)} "
             f"has no place in row {len(expected) - 1}. {_WAY_OUT}"
         )
@@ -159,7 +162,7 @@ def _flat_numbers(nested: Any) -> list[float]:
     """The numbers of a tensor or array, or of lists and tensors nested to any depth, in order; None counts as nothing.
 
     Raises:
-        ValueError: something in it is no number.
+        InputError: something in it is no number.
     """
     nested = nested.tolist() if hasattr(nested, "tolist") else nested
     if isinstance(nested, (list, tuple)):
@@ -167,7 +170,7 @@ def _flat_numbers(nested: Any) -> list[float]:
     if nested is None:
         return []
     if not isinstance(nested, Real) or isinstance(nested, bool) or not math.isfinite(nested):
-        raise ValueError(
+        raise InputError(
             f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {str(nested)[:80]!r}. Pass what "
             "QZoomProcessor returned."
         )
@@ -182,13 +185,13 @@ def collect_grid_boxes(source_boxes: Any, count: int) -> list[Rectangle | None]:
             grids cover whole images.
 
     Raises:
-        ValueError: not one rectangle per image, something that is no finite number, or a rectangle without area.
+        InputError: not one rectangle per image, something that is no finite number, or a rectangle without area.
     """
     if source_boxes is None:
         return [None] * count
     numbers = _flat_numbers(source_boxes)
     if len(numbers) != 4 * count:
-        raise ValueError(
+        raise InputError(
             f"source_boxes holds {len(numbers)} numbers; expected 4 (x0, y0, x1, y1) for each of the prompts' {count} "
             "images. Pass what QZoomProcessor returned."
         )
@@ -196,6 +199,6 @@ def collect_grid_boxes(source_boxes: Any, count: int) -> list[Rectangle | None]:
     for index in range(count):
         x0, y0, x1, y1 = numbers[4 * index : 4 * index + 4]
         if not (x1 > x0 and y1 > y0):
-            raise ValueError(f"source_boxes: rectangle {index}, {(x0, y0, x1, y1)}, has no area.")
+            raise InputError(f"source_boxes: rectangle {index}, {(x0, y0, x1, y1)}, has no area.")
         boxes.append((x0, y0, x1, y1))
     return boxes

@@ -1,111 +1,142 @@
 """The second pass over rows that zoom (paper III-C, eq. 8 and 9): keys, values and hidden states of the prefix are
 reused below layer K, only crop and suffix are computed there, and layers K … L see the whole fused sequence once."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_cache_qzoom import layer_states, set_layer_states
+from .backbone_cache_qzoom import take_columns
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
-from .rows_qzoom import _gather_columns, length_mask, pad_left, stack_positions
+from .prompt_qzoom import VisualFeatures
+from .rows_qzoom import Positions, length_mask, pad_left
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import encode_crops
-from .zoom_fusion_qzoom import PlacedCrop, fused_deepstack, fused_embeds, plan_rows
+from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plan_rows
+from .zoom_model_qzoom import ZoomModel
 from .zoom_request_qzoom import ZoomRequest
 
 
-def fused_prefill(
-    model: PreTrainedModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop], cache: DynamicCache
-) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Steps 6 and 7.
+@dataclass(frozen=True)
+class _Chunk:
+    """Crop and suffix of b rows after decoder layer K.
 
-    Args:
-        cache: keys and values of the coarse pass in layers [0, K); not changed.
-
-    Returns:
-        (b, D) last hidden states before the final norm, the rows' cache, their positions (…, b, F) float32 and their
-        (b, F) mask. Rows are left-padded to F, the longest fused sequence.
+    Attributes:
+        hidden: (b, C, D), left-padded.
+        cache: keys and values of prefix and chunk in layers [0, K), b rows of P + C columns, each part left-padded.
+        present: (b, P + C) long, 0 on padding.
     """
-    vlm, decoder = model.vlm, model.vlm.get_decoder()
-    layer_k, last_layer = model.config.branch_layer, len(decoder.layers)
-    device = view.embeds.device
-    features = encode_crops(vlm, [placed.crop for placed in crops], device)
-    rows = plan_rows(model, request, view, crops)
 
-    prefix_length = max(len(row.prefix) for row in rows)
-    chunk_length = max(row.length - len(row.prefix) for row in rows)
-    prefix_columns = pad_left([row.prefix for row in rows], prefix_length)  # (b, P)
+    hidden: Tensor
+    cache: DynamicCache
+    present: Tensor
+
+
+def _lengths(rows: list[FusedRow]) -> tuple[list[int], list[int]]:
+    """Of every row's prefix and of its chunk."""
+    prefixes = [len(row.prefix) for row in rows]
+    return prefixes, [row.length - prefix for row, prefix in zip(rows, prefixes)]
+
+
+def _run_chunk(
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, rows: list[FusedRow], features: VisualFeatures
+) -> _Chunk:
+    """Layers [0, K) over what no prefix covers, on top of the prefixes' keys and values."""
+    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
+    device = view.embeds.device
+    prefixes, chunks = _lengths(rows)
+    prefix_length, chunk_length = max(prefixes), max(chunks)
     # a hole of padding may open between a row's prefix and its chunk
     present = torch.cat(
-        [
-            length_mask([len(row.prefix) for row in rows], prefix_length, device),
-            length_mask([row.length - len(row.prefix) for row in rows], chunk_length, device),
-        ],
-        dim=1,
-    )  # (b, P + C)
+        [length_mask(prefixes, prefix_length, device), length_mask(chunks, chunk_length, device)], dim=1
+    )
+    visible = [(row.mask[:prefix], row.mask[prefix:]) for row, prefix in zip(rows, prefixes)]
     mask = torch.cat(
         [
-            pad_left([row.mask[: len(row.prefix)] for row in rows], prefix_length),
-            pad_left([row.mask[len(row.prefix) :] for row in rows], chunk_length),
+            pad_left([before for before, _ in visible], prefix_length),
+            pad_left([after for _, after in visible], chunk_length),
         ],
         dim=1,
     ).to(device)  # (b, P + C), 0 also where a prompt hides a token
-    fused_cache = DynamicCache(config=decoder.config)
-    index = torch.tensor([crop.row for crop in crops])
-    for layer in range(layer_k):
-        keys, values = (
-            _gather_columns(states[index.to(states.device)], prefix_columns) for states in layer_states(cache, layer)
-        )
-        set_layer_states(fused_cache, layer, keys, values)
-
-    chunks = []
+    prefix_columns = pad_left([row.prefix for row in rows], prefix_length)  # (b, P)
+    cache = take_columns(decoder.config, view.cache, layer_k, [row.row for row in rows], prefix_columns)
+    embeds = []
     for row, crop_embeds in zip(rows, features.embeds):
         with run_rows(request.adapters, [row.row]):
-            chunks.append(fused_embeds(model, view, row, crop_embeds, full=False))
-    chunk = pad_left(chunks, chunk_length)  # (b, C, D)
-    chunk_positions = stack_positions([row.positions[..., len(row.prefix) :] for row in rows], chunk_length)
-    chunk_mask = causal_mask(decoder, chunk, mask, fused_cache)
-    inserted_at = [(len(row.suffix), row.block) for row in rows]
-    with run_rows(request.adapters, [row.row for row in rows], inserted_at):
-        chunk = run_layers(
+            embeds.append(fused_embeds(model, view, row, crop_embeds, full=False))
+    hidden = pad_left(embeds, chunk_length)  # (b, C, D)
+    positions = Positions.stack([row.positions[:, prefix:] for row, prefix in zip(rows, prefixes)], chunk_length)
+    with run_rows(request.adapters, [row.row for row in rows], _inserted_at(rows)):
+        hidden = run_layers(
             decoder,
-            chunk,
+            hidden,
             0,
             layer_k,
-            mask=chunk_mask,
-            position_embeddings=rotary(decoder, chunk, chunk_positions),
-            cache=fused_cache,
+            mask=causal_mask(decoder, hidden, mask, cache),
+            position_embeddings=rotary(decoder, hidden, positions.for_decoder()),
+            cache=cache,
             deepstack=fused_deepstack(view, rows, features, chunk_length, full=False),
         )
+    return _Chunk(hidden, cache, present)
 
-    # close the holes of padding: from here on every row is contiguous and left-padded
+
+def _inserted_at(rows: list[FusedRow]) -> list[tuple[int, int]]:
+    """Per row: tokens after the inserted block, and its length."""
+    return [(len(row.suffix), row.block) for row in rows]
+
+
+def _close_holes(
+    model: ZoomModel, view: CoarseView, rows: list[FusedRow], chunk: _Chunk
+) -> tuple[Tensor, DynamicCache]:
+    """(b, F, D) inputs of layer K and the cache below it, every row contiguous and left-padded to F."""
     length = max(row.length for row in rows)
+    _, chunks = _lengths(rows)
     hidden = pad_left(
         [
-            torch.cat([view.hidden[row.row, row.prefix], chunk[slot, chunk_length - (row.length - len(row.prefix)) :]])
-            for slot, row in enumerate(rows)
+            torch.cat([view.hidden[row.row, row.prefix], states[len(states) - own :]])
+            for row, states, own in zip(rows, chunk.hidden, chunks)
         ],
         length,
-    )  # (b, F, D)
-    if length < prefix_length + chunk_length or not bool(present.all()):
-        columns = pad_left([row_present.nonzero()[:, 0] for row_present in present], length)  # (b, F)
-        for layer in range(layer_k):
-            keys, values = (_gather_columns(states, columns) for states in layer_states(fused_cache, layer))
-            set_layer_states(fused_cache, layer, keys, values)
-    mask = pad_left([row.mask for row in rows], length).to(device)
-    positions = stack_positions([row.positions for row in rows], length)
+    )
+    cache = chunk.cache
+    if length < chunk.present.shape[1] or not bool(chunk.present.all()):
+        columns = pad_left([present.nonzero()[:, 0] for present in chunk.present], length)  # (b, F)
+        decoder_config, layer_k = model.vlm.get_decoder().config, model.config.branch_layer
+        cache = take_columns(decoder_config, cache, layer_k, range(len(rows)), columns)
+    return hidden, cache
+
+
+def fused_prefill(
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
+) -> tuple[Tensor, DynamicCache, Positions, Tensor]:
+    """Steps 6 and 7 on the b rows that zoom.
+
+    Args:
+        view: the coarse pass; its cache holds keys and values of layers [0, K) and is not changed.
+
+    Returns:
+        (b, D) last hidden states before the final norm, the rows' cache, their positions and their (b, F) mask. Rows
+        are left-padded to F, the longest fused sequence.
+    """
+    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
+    features = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
+    rows = plan_rows(model, request, view, crops)
+    hidden, cache = _close_holes(model, view, rows, _run_chunk(model, request, view, rows, features))
+    length = hidden.shape[1]
+    mask = pad_left([row.mask for row in rows], length).to(hidden.device)
+    positions = Positions.stack([row.positions for row in rows], length)
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
-    with run_rows(request.adapters, [row.row for row in rows], inserted_at):
+    with run_rows(request.adapters, [row.row for row in rows], _inserted_at(rows)):
         hidden = run_layers(
             decoder,
             hidden,
             layer_k,
-            last_layer,
+            len(decoder.layers),
             mask=causal_mask(decoder, hidden, mask, None),
-            position_embeddings=rotary(decoder, hidden, positions),
-            cache=fused_cache,
+            position_embeddings=rotary(decoder, hidden, positions.for_decoder()),
+            cache=cache,
             deepstack=fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None,
         )
-    return hidden[:, -1], fused_cache, positions, mask
+    return hidden[:, -1], cache, positions, mask

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_qzoom.prompt_qzoom import ImageSpan, image_spans
-from modeling_qzoom.rows_qzoom import length_mask, pad_left, stack_positions
+from modeling_qzoom.rows_qzoom import Positions, length_mask, pad_left
 from modeling_qzoom.zoom_fusion_qzoom import crop_positions, fuse_row, plain_row
 from tests.generation_fixtures import always, shared_model
 from tests.tiny import FAMILIES, Row, make_inputs
@@ -149,10 +149,10 @@ def test_plain_positions_count_on():
     """LLaVA: crop tokens alone, one position each, no markers."""
     ids = torch.tensor([WORD, IMAGE, IMAGE, IMAGE, IMAGE, WORD, WORD])
     span = ImageSpan(1, 5, (2, 2), 0)
-    row = fuse(ids, torch.arange(7), span, (0, 0, 1, 1), (2, 2), "sequential", None)
+    row = fuse(ids, torch.arange(7)[None], span, (0, 0, 1, 1), (2, 2), "sequential", None)
     assert (row.block, row.crop, row.has_markers) == (4, 4, False)
     assert row.prefix.tolist() == [0, 1, 2, 3, 4] and row.suffix.tolist() == [5, 6]
-    assert row.positions.tolist() == list(range(11)) and row.positions.dtype == torch.float32
+    assert row.positions.tolist() == [list(range(11))] and row.positions.dtype == torch.float32
 
 
 def test_fractional_boxes_place_tokens_between_cells():
@@ -191,9 +191,9 @@ def test_rows_are_padded_on_the_left():
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
     assert pad_left(rows, 3).tolist() == [[0, 1, 2], [0, 0, 3]]
     assert length_mask([2, 1], 3, "cpu").tolist() == [[0, 1, 1], [0, 0, 1]]
-    stacked = stack_positions([torch.ones(3, 2), 2 * torch.ones(3, 1)], 2)
+    stacked = Positions.stack([torch.ones(3, 2), 2 * torch.ones(3, 1)], 2).for_decoder()
     assert stacked.shape == (3, 2, 2) and stacked[0].tolist() == [[1, 1], [0, 2]]
-    assert stack_positions(rows, 2).tolist() == [[1, 2], [0, 3]]
+    assert Positions.stack([row[None] for row in rows], 2).for_decoder().tolist() == [[1, 2], [0, 3]]
 
 
 def test_image_spans_by_row():

@@ -65,7 +65,7 @@ def _record(monkeypatch) -> Trace:
             inserted = [before, *inserted, after]
         trace.fused_ids = [*ids[row.prefix].tolist(), *inserted, *ids[row.suffix].tolist()]
         trace.cells, trace.crop_grid = crops[0].cells, crops[0].crop.patch_grid
-        trace.source_positions, trace.fused_positions = view.positions[:, 0], row.positions
+        trace.source_positions, trace.fused_positions = view.positions.row(0), row.positions
         return rows
 
     def recording_heatmap(logits, first_token_logits, artifact_rule):

@@ -1,0 +1,32 @@
+"""What the zooming path needs of a model."""
+
+from typing import Protocol
+
+from torch import nn
+from transformers.generation import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_qzoom import QZoomConfig
+from .zoom_branches_qzoom import ZoomBranches
+
+
+class ZoomModel(Protocol):
+    """A VLM with zoom branches, such as `QZoomForConditionalGeneration`.
+
+    Attributes:
+        config: its configuration.
+        vlm: the wrapped VLM, an unchanged class of transformers.
+        zoom: the branches.
+        generation_config: defaults of `generate`.
+    """
+
+    config: QZoomConfig
+    vlm: PreTrainedModel
+    zoom: ZoomBranches
+    generation_config: GenerationConfig | None
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the vocabulary."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, (…, D) → (…, vocabulary)."""
