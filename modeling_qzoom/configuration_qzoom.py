@@ -122,8 +122,8 @@ class QZoomConfig(PreTrainedConfig):
 
     Raises:
         CheckpointError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, a field of the wrong
-            type or out of range, a misspelt one, a preset that is unknown, sets something else or holds such an option, or
-            `tie_word_embeddings` other than the VLM's.
+            type or out of range, a misspelt one, a preset that is unknown, sets something else or holds such an
+            option, or `tie_word_embeddings` other than the VLM's.
     """
 
     model_type = "qzoom"

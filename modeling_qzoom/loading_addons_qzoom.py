@@ -105,8 +105,8 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
         The files, and a `load_config` that knows which file holds which weight (for offloading to disk).
 
     Raises:
-        CheckpointError: the add-on names no base, the base cannot be found or is damaged, it holds branches of its own,
-            or it is not the one that the add-on was made for.
+        CheckpointError: the add-on names no base, the base cannot be found or is damaged, it holds branches of its
+            own, or it is not the one that the add-on was made for.
     """
     base = model.config.base_model_name_or_path
     if base is None:
