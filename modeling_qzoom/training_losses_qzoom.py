@@ -14,7 +14,7 @@ from .rows_qzoom import Positions, pad_left
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
 from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
-from .zoom_fusion_qzoom import PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import resolve_options
 from .zoom_regions_qzoom import Box, pixels_to_cells
@@ -246,6 +246,35 @@ def _proposed_crops(model: ZoomModel, request: ZoomRequest, view: CoarseView, la
     return decide(model, request, reached, queries)[1]
 
 
+def _fused_rows(
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
+) -> tuple[list[FusedRow], VisualFeatures]:
+    """Every row's fused sequence, plain where it has no crop, and the crops' features by row."""
+    rows = [plain_row(row, view.valid[row], view.positions.row(row)) for row in range(len(view.input_ids))]
+    empty = view.embeds[:0, 0]  # (0, D)
+    levels = 0 if view.deepstack is None else len(view.deepstack.levels)
+    features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
+    if not crops:
+        return rows, features
+    encoded = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
+    for slot, row in enumerate(plan_rows(model, request, view, crops)):
+        rows[row.row] = row
+        features.embeds[row.row] = encoded.embeds[slot]
+        for level in range(levels):
+            features.deepstack[level][row.row] = encoded.deepstack[level][slot]
+    return rows, features
+
+
+def _fused_labels(labels: Tensor, rows: list[FusedRow], length: int) -> Tensor:
+    """(B, F) labels of the fused sequences; -100 on padding and on what was inserted."""
+    fused = labels.new_full((len(rows), length), IGNORED)
+    for row in rows:
+        inserted = labels.new_full((row.block,), IGNORED)
+        own = labels[row.row]
+        fused[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
+    return fused
+
+
 def fused_language_pass(
     model: ZoomModel,
     input_ids: Tensor,
@@ -270,27 +299,11 @@ def fused_language_pass(
     else:
         crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
 
-    rows = [plain_row(row, view.valid[row], view.positions.row(row)) for row in range(len(input_ids))]
-    empty = view.embeds[:0, 0]  # (0, D)
-    levels = 0 if view.deepstack is None else len(view.deepstack.levels)
-    features = VisualFeatures([empty] * len(rows), [[empty] * len(rows) for _ in range(levels)])
-    if crops:
-        encoded = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
-        for slot, row in enumerate(plan_rows(model, request, view, crops)):
-            rows[row.row] = row
-            features.embeds[row.row] = encoded.embeds[slot]
-            for level in range(levels):
-                features.deepstack[level][row.row] = encoded.deepstack[level][slot]
-
+    rows, features = _fused_rows(model, request, view, crops)
     length = max(row.length for row in rows)
     embeds = pad_left(
         [fused_embeds(model, view, row, part, full=True) for row, part in zip(rows, features.embeds)], length
     )  # (B, F, D)
-    fused_labels = labels.new_full((len(rows), length), IGNORED)
-    for row in rows:
-        inserted = labels.new_full((row.block,), IGNORED)
-        own = labels[row.row]
-        fused_labels[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
     mask = pad_left([row.mask for row in rows], length).to(embeds.device)
     positions = Positions.stack([row.positions for row in rows], length)
     hidden = run_layers(
@@ -305,6 +318,9 @@ def fused_language_pass(
     logits = model.get_output_embeddings()(decoder.norm(hidden))
     vocabulary = model.config.get_text_config().vocab_size
     loss = model.vlm.loss_function(
-        logits=logits, labels=fused_labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
+        logits=logits,
+        labels=_fused_labels(labels, rows, length),
+        vocab_size=vocabulary,
+        num_items_in_batch=num_items_in_batch,
     )
     return loss, logits

@@ -1,4 +1,4 @@
-"""A batch equals its rows run alone (design §6, invariant 2): 200 random mixed batches over three families."""
+"""A batch equals its rows run alone: 200 random mixed batches over three families."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a request computes: the closed form of design §1, and nothing thrown away.
+"""What a request computes, in closed form, and nothing thrown away.
 
 FLOPs are counted over the whole `generate(max_new_tokens=1)`. The decoder's closed form is written from the shapes in
 the configuration; the vision tower, a class of transformers that is called as it is, is counted by itself.
@@ -17,7 +17,7 @@ from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, vlm
 
 
 LAYERS, BRANCH_LAYER, BRANCH_DEPTH = 8, 4, 3
-TOLERANCE = 0.002  # design §1 asks for 0.02; counts agree to five digits
+TOLERANCE = 0.002  # counts agree to five digits
 ROW = Row(["q" * 40, None, "what is written there? " * 3], [(12, 14)], seed=1)
 PEAK = {"region_threshold": 0.9, "region_threshold_mode": "peak"}
 

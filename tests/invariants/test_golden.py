@@ -1,4 +1,4 @@
-"""Parity with the authors' code, from their checkpoint format to generated tokens (design §6, invariant 5)."""
+"""Parity with the authors' code, from their checkpoint format to generated tokens."""
 
 import sys
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Without a zoom the model is the plain backbone, bit for bit in float32 (design §6, invariant 1)."""
+"""Without a zoom the model is the plain backbone, bit for bit in float32."""
 
 import pytest
 import torch

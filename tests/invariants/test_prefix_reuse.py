@@ -1,7 +1,7 @@
-"""Prefix reuse equals a full second prefill (design §6, invariant 3).
+"""Prefix reuse equals a full second prefill.
 
 The reference is the plain VLM's own forward over the fused prompt, which for sequential positions is a stock prompt
-with one more image. Continuous positions are written down here once more, from official_behaviour.md 3.4.
+with one more image. Continuous positions are written down here once more, by the rule of paper III-D.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Nothing is kept on modules between calls (design §6, invariant 6)."""
+"""Nothing is kept on modules between calls."""
 
 import sys
 import threading

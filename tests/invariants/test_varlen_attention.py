@@ -1,4 +1,4 @@
-"""Attention stays with SDPA or FlashAttention (design §6, invariant 7).
+"""Attention stays with SDPA or FlashAttention.
 
 FlashAttention cannot run here. Its two functions are written in plain torch and put under transformers' own
 FlashAttention path, which unpads by 2-D masks and detects packed sequences from `position_ids`.

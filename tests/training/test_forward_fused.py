@@ -1,4 +1,4 @@
-"""`forward` with `labels` over the fused sequence equals what `generate` computes step by step (design §2, §7)."""
+"""`forward` with `labels` over the fused sequence equals what `generate` computes step by step."""
 
 import pytest
 import torch

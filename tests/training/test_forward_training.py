@@ -1,4 +1,4 @@
-"""`forward` with branch targets: losses, gradients and the ways to ask (design §2, stages 1 and 3 of §7)."""
+"""`forward` with branch targets: losses, gradients and the ways to ask."""
 
 import pytest
 import torch
