@@ -73,18 +73,17 @@ format: $(VENV)/.dev
 # the API reference, build/docs/index.html
 docs: $(VENV)/.docs
 	$(call timed,$(BIN)/python -m pdoc --docformat google --output-directory build/docs modeling_qzoom \
-		modeling_qzoom.loading_qzoom modeling_qzoom.backbones_qzoom modeling_qzoom.training modeling_qzoom.evaluation \
-		'!modeling_qzoom.training.demo_.*')
+		modeling_qzoom.loading_qzoom modeling_qzoom.backbones_qzoom modeling_qzoom.training modeling_qzoom.evaluation)
 
-# the figures in the README, with the command that it names
+# the figures of the demo
 figures: $(VENV)/.stages
 	$(call timed,$(BIN)/python -m modeling_qzoom.evaluation --model hub_release/checkpoints/qzoom-demo --rows 2000 \
-		--output hub_release/checkpoints/qzoom-demo-figures.json --split test --seed 1 \
+		--output hub_release/checkpoints/qzoom-demo/evaluation/figures.json --split test --seed 1 \
 		--pareto examples/assets/pareto.png --page-kinds)
 
 # the tables of the README about real sizes, from shapes alone
 tables: $(VENV)/.dev
-	$(call timed,$(BIN)/python hub_release/measure/memory.py && $(BIN)/python hub_release/measure/cost.py)
+	$(call timed,$(BIN)/python -m hub_release.measure.memory && $(BIN)/python -m hub_release.measure.cost)
 
 # the demo as a Hub repository, proven in a clean environment
 release: $(VENV)/.core
@@ -93,11 +92,11 @@ release: $(VENV)/.core
 
 # from nothing to hub_release/checkpoints/qzoom-demo
 train-demo: $(VENV)/.stages
-	$(call timed,$(BIN)/python hub_release/demo/recipe.py)
+	$(call timed,$(BIN)/python -m hub_release.demo.recipe)
 
 # after train-demo, on its stages
 ablations: $(VENV)/.stages
-	$(call timed,$(BIN)/python hub_release/demo/ablations.py)
+	$(call timed,$(BIN)/python -m hub_release.demo.ablations)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(CLEAN) build dist out .pytest_cache .ruff_cache .mypy_cache

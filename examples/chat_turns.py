@@ -3,6 +3,8 @@
 python examples/chat_turns.py [--image FILE] [--questions TEXT TEXT ...]
 """
 
+from typing import Any
+
 from common import PAGE, QUESTIONS, arguments, file
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -12,7 +14,7 @@ options = arguments(__doc__, image={"type": file, "default": PAGE}, questions={"
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 
-chat = []
+chat: list[dict[str, Any]] = []
 for question in options.questions:
     text = {"type": "text", "text": question}
     image = {"type": "image", "image": Image.open(options.image)}

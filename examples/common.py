@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from PIL.Image import DecompressionBombError
 from safetensors import SafetensorError
@@ -63,7 +64,7 @@ def folder(text: str) -> Path:
 def demo_folder() -> Path:
     """The bundled checkpoint as a folder that loads, made from its data and this package's code where it is missing or
     older than they are."""
-    sources = [*CHECKPOINT.iterdir(), *(ROOT / "modeling_qzoom").glob("*.py")]
+    sources = [*CHECKPOINT.rglob("*"), *(ROOT / "modeling_qzoom").glob("*.py")]
     built = DEMO / "config.json"
     if not built.exists() or built.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         fresh = build(CHECKPOINT, DEMO.with_name(f"qzoom-demo-{os.getpid()}"), force=True)
@@ -103,7 +104,7 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_rows(path: Path, schema) -> list[dict]:
+def read_rows(path: Path, schema: Any) -> list[dict]:
     """Rows of a parquet file that `write_rows` wrote with this schema."""
     from pyarrow import ArrowException, parquet
 
@@ -116,7 +117,7 @@ def read_rows(path: Path, schema) -> list[dict]:
     return table.to_pylist()
 
 
-def write_rows(rows: list[dict], schema, path: Path) -> None:
+def write_rows(rows: list[dict], schema: Any, path: Path) -> None:
     """A parquet file, whole or not at all; none without rows."""
     from pyarrow import Table, parquet
 

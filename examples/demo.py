@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,7 +32,7 @@ OWN_IMAGE_NOTE = (
 )
 
 
-def answer(model, processor, image: Image.Image, question: str, **options) -> tuple[str, object]:
+def answer(model: Any, processor: Any, image: Image.Image, question: str, **options: Any) -> tuple[str, Any]:
     """The model's answer and its `ZoomReport`."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
@@ -51,7 +52,7 @@ def full_resolution_tokens(image: Image.Image, token_side: int) -> int:
     return max(1, round(image.height / token_side)) * max(1, round(image.width / token_side))
 
 
-def show(model, processor, image: Image.Image, question: str, truth: str | None, picture: Path) -> bool:
+def show(model: Any, processor: Any, image: Image.Image, question: str, truth: str | None, picture: Path) -> bool:
     """Answers one question, prints what happened and writes the overlay; whether the answer was right."""
     text, report = answer(model, processor, image, question)
     plain, _ = answer(model, processor, image, question, zoom="never")

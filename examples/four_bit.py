@@ -1,6 +1,7 @@
 """Load in 4 or 8 bit, ask, save what was quantized, and load that: python examples/four_bit.py [--kind int8]"""
 
 import logging
+from typing import Any
 
 import torch
 from common import FINE, OUT, PAGE, arguments
@@ -31,7 +32,7 @@ options = arguments(__doc__, kind={"choices": RECIPES, "default": "nf4"}, output
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 says at every product that it casts to float16
 
 
-def ask(model, processor) -> str:
+def ask(model: Any, processor: Any) -> str:
     content = [{"type": "image", "image": Image.open(PAGE)}, {"type": "text", "text": FINE}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -4,6 +4,8 @@ Teaches new answers to the questions about the bundled page, over coarse view an
 the extra `train`; for a whole data set use the stage `train-fusion` (examples/train_own_data.py).
 """
 
+from typing import Any
+
 import peft
 import torch
 import transformers
@@ -47,7 +49,7 @@ def chat(question: str, answer: str | None = None) -> list[dict]:
     return turns if answer is None else [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
-def encode(chats: list[list[dict]], **kwargs):
+def encode(chats: list[list[dict]], **kwargs: Any) -> Any:
     return processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt", **kwargs).to(
         model.device
     )

@@ -38,12 +38,12 @@ with state.main_process_first():
     options.output.mkdir(parents=True, exist_ok=True)
     done = set()
     for path in options.output.glob("*.parquet"):
-        rows = read_rows(path, SCHEMA)
-        own = [row for row in rows if {name: row[name] for name in asked} == asked]
-        failed = [row for row in own if row["error"] is not None]  # to be asked again
-        if failed:
-            write_rows([row for row in rows if row not in failed], SCHEMA, path)
-        done |= {row["file"] for row in own if row not in failed}
+        earlier = read_rows(path, SCHEMA)
+        same = [row for row in earlier if {name: row[name] for name in asked} == asked]
+        again = [row for row in same if row["error"] is not None]  # to be asked again
+        if again:
+            write_rows([row for row in earlier if row not in again], SCHEMA, path)
+        done |= {row["file"] for row in same if row not in again}
 output = options.output.resolve()
 paths = [path for path in images.rglob("*") if path.is_file() and output not in path.resolve().parents]
 files = {as_utf8(path.relative_to(images).as_posix()): path for path in sorted(paths)}

@@ -1,6 +1,7 @@
 """See where it looked, as a picture and in text: python examples/overlay.py [--image FILE --question TEXT]"""
 
 from pathlib import Path
+from typing import Any
 
 from common import FINE, OUT, PAGE, arguments, file
 from PIL import Image
@@ -23,7 +24,7 @@ inputs = processor.apply_chat_template(
     return_tensors="pt",
 ).to(model.device)
 options.output.mkdir(parents=True, exist_ok=True)
-cases = {
+cases: dict[str, dict[str, Any]] = {
     "zoomed": {"zoom": "always"},
     "skipped": {"gate_threshold": 2},  # above every probability: the gate stays closed
     "empty": {"zoom": "always", "region_threshold": 1.0, "region_threshold_mode": "absolute"},  # no cell is that hot

@@ -12,6 +12,7 @@ options = arguments(__doc__, images={"type": file, "nargs": "+"}, question={"def
 model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
 processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
 
+images: list[Image.Image]
 if options.images:
     images = [Image.open(name) for name in options.images]
 else:  # the two halves of the page

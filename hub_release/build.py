@@ -1,8 +1,8 @@
 """Builds a Hub repository from a checkpoint's data and the package's code: `build.py CHECKPOINT OUTPUT`.
 
-CHECKPOINT holds data only (weights, configurations, tokenizer, card). OUTPUT gets that data, the code that the model's
-classes need, the references to it (`auto_map`), licences, the figures that were measured (CHECKPOINT-figures.json and
-its like beside the checkpoint) and a model card made from all of it. `verify.py OUTPUT` proves what came out.
+CHECKPOINT holds data only: weights, configurations, tokenizer, card, and in `evaluation/` what was measured. OUTPUT
+gets that data, the code that the model's classes need, the references to it (`auto_map`), licences, and a model card
+made from all of it. `verify.py OUTPUT` proves what came out.
 
 The plain build needs the standard library only. `--variant`, `--tokenizer` and `--max-shard-size` use the library.
 """
@@ -14,21 +14,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 
+# called as a file, Python looks for packages beside it; ours are one folder up
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hub_release.card.card import Card, read_card, read_facts, render  # noqa: E402
-from hub_release.repository.code import published_files  # noqa: E402
-from hub_release.repository.errors import BuildError  # noqa: E402
-from hub_release.repository.files import (  # noqa: E402
+from hub_release.card.card import render
+from hub_release.card.facts import read_facts
+from hub_release.card.parts import Card, read_card
+from hub_release.repository.code import published_files
+from hub_release.repository.errors import BuildError
+from hub_release.repository.files import (
     AUTO_MAPS,
     BASE_LICENCE,
-    EVALUATION,
-    FIGURE_KINDS,
     LICENCE_FILES,
     ROOT,
     VERSION_FIELD,
@@ -39,7 +39,7 @@ from hub_release.repository.files import (  # noqa: E402
     package_version,
     read_json,
 )
-from hub_release.repository.tensors import stored_tensors  # noqa: E402
+from hub_release.repository.tensors import stored_tensors
 
 
 VARIANTS = ("full", "addon", "4bit")
@@ -110,14 +110,6 @@ def _copy_licences(folder: Path, output: Path) -> None:
             _copy(folder, name, output / f"{BASE_LICENCE}{name}")
 
 
-def _copy_figures(checkpoint: Path, output: Path) -> None:
-    """What was measured with the checkpoint, from the files beside it."""
-    for kind in FIGURE_KINDS:
-        path = checkpoint.parent / f"{checkpoint.resolve().name}-{kind}.json"
-        if path.exists():
-            _copy(path.parent, path.name, output / EVALUATION / f"{kind}.json")
-
-
 def _change_json(path: Path, **fields: Any) -> None:
     content = {**read_json(path), **fields}
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -137,14 +129,57 @@ def _name_base(checkpoint: Path, output: Path, base: str | None) -> None:
 def _add_references(output: Path) -> None:
     for name, references in AUTO_MAPS.items():
         if (output / name).exists():
-            own = read_json(output / name).get("auto_map") or {}
-            _change_json(output / name, auto_map={**own, **references})
+            others = read_json(output / name).get("auto_map") or {}
+            _change_json(output / name, auto_map={**others, **references})
 
 
 def _write_card(output: Path, name: str, licence: str | None) -> None:
     path = output / "README.md"
     card = read_card(path.read_text(encoding="utf-8")) if path.exists() else Card()
     path.write_text(render(card, read_facts(output, name), licence), encoding="utf-8")
+
+
+def _write_with_library(
+    checkpoint: Path,
+    folder: Path,
+    variant: str,
+    tokenizer: Path | None,
+    base: str | None,
+    base_folder: Path | None,
+    max_shard_size: str | None,
+) -> None:
+    """Writes what is not copied from the checkpoint: other weights, a processor; nothing for the plain build."""
+    rewrites = variant != "full" or max_shard_size is not None
+    if tokenizer is None and not rewrites:
+        return
+    # here and not at the top: the plain build needs the standard library only
+    from hub_release.repository.variants import write_processor, write_variant
+
+    if tokenizer is not None:
+        write_processor(checkpoint, tokenizer, folder)
+    if rewrites:
+        write_variant(checkpoint, folder, variant, base=base, base_folder=base_folder, max_shard_size=max_shard_size)
+
+
+def _copy_data(checkpoint: Path, made: Path, output: Path) -> None:
+    """The data of a checkpoint, with what was made anew in the place of its own."""
+    fresh = files_of(made)
+    # weights in other files, and what describes them
+    is_rewritten = any(WEIGHT_FILES.fullmatch(name) for name in fresh)
+    for name in filter(is_data, files_of(checkpoint)):
+        is_replaced = is_rewritten and (name in _MODEL_FILES or WEIGHT_FILES.fullmatch(name))
+        if name not in LICENCE_FILES and not is_replaced:
+            _copy(checkpoint, name, output / name)
+    for name in filter(is_data, fresh):
+        _copy(made, name, output / name)
+
+
+def _copy_code(output: Path) -> None:
+    """The package's published files and their licence."""
+    for file in published_files():
+        _copy(file.parent, file.name, output / file.name)
+    for name in LICENCE_FILES:
+        _copy(ROOT, name, output / name)
 
 
 def build(
@@ -179,45 +214,26 @@ def build(
         BuildError: no weights, no Q-Zoom configuration, an output folder that is in use, or options that do not fit.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    tokenizer = None if tokenizer is None else Path(tokenizer)
+    base_folder = None if base_folder is None else Path(base_folder)
     _check_checkpoint(checkpoint)
-    if base_folder is not None and not Path(base_folder).is_dir():
+    if base_folder is not None and not base_folder.is_dir():
         raise BuildError(f"--base-folder {base_folder} is not a folder.")
     if tokenizer is not None:
-        _check_tokenizer(checkpoint, Path(tokenizer))
-    sources = [Path(folder) for folder in (checkpoint, tokenizer, base_folder) if folder is not None]
-    _check_output(sources, output, force)
-    rewrites = variant != "full" or max_shard_size is not None
+        _check_tokenizer(checkpoint, tokenizer)
+    _check_output([folder for folder in (checkpoint, tokenizer, base_folder) if folder is not None], output, force)
     place = output.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        made = None
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".building-", dir=place.parent)))
-        built = scratch / "built"
+    # whole before anything of an earlier one goes
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=place.parent) as scratch:
+        made, built = Path(scratch) / "made", Path(scratch) / "built"
+        made.mkdir()
         built.mkdir()
-        if rewrites or tokenizer is not None:
-            from hub_release.repository.variants import write_processor, write_variant
-
-            made = scratch / "made"
-            made.mkdir()
-            where = None if base_folder is None else Path(base_folder)
-            if tokenizer is not None:
-                write_processor(checkpoint, Path(tokenizer), made)
-            if rewrites:
-                shards = {"max_shard_size": max_shard_size}
-                write_variant(checkpoint, made, variant, base=base, base_folder=where, **shards)
-        for name in filter(is_data, files_of(checkpoint)):
-            is_replaced = rewrites and (name in _MODEL_FILES or WEIGHT_FILES.fullmatch(name))
-            if name not in LICENCE_FILES and not is_replaced:
-                _copy(checkpoint, name, built / name)
-        for name in filter(is_data, files_of(made) if made else ()):
-            _copy(made, name, built / name)
-        for file in published_files():
-            _copy(file.parent, file.name, built / file.name)
-        for name in LICENCE_FILES:
-            _copy(ROOT, name, built / name)
+        _write_with_library(checkpoint, made, variant, tokenizer, base, base_folder, max_shard_size)
+        _copy_data(checkpoint, made, built)
+        _copy_code(built)
         for folder in filter(None, (checkpoint, base_folder)):
-            _copy_licences(Path(folder), built)
-        _copy_figures(checkpoint, built)
+            _copy_licences(folder, built)
         _name_base(checkpoint, built, base)
         _add_references(built)
         _change_json(built / "config.json", **{VERSION_FIELD: package_version()})

@@ -16,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
+
+# called as a file, Python looks for packages beside it; ours are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from hub_release.official.format import (
     ConversionError,
     branch_name,
@@ -28,9 +32,6 @@ from hub_release.official.format import (
 from hub_release.repository.processor import TOKENIZER_FILES, build_processor, copy_matching
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 from modeling_qzoom.loading_weight_files_qzoom import check_weight_files
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -54,7 +55,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
     if not files:
         hint = " It holds .bin files; convert them to safetensors first." if list(folder.glob("*.bin")) else ""
         raise ConversionError(f"{folder} holds no safetensors files.{hint}")
-    weights = {}
+    weights: dict[str, Any] = {}
     for file in files:
         try:
             check_weight_files([str(file)])
@@ -69,18 +70,20 @@ def _some(names: list[str]) -> str:
     return f"{names[:4]}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
 
 
-def translate_branches(source: Path, branches: dict[str, Any], config: QZoomConfig, wanted: list[str]) -> dict:
+def translate_branches(
+    source: Path, branches: dict[str, Any], config: QZoomConfig, names: list[str]
+) -> dict[str, Any]:
     """Branch weights under our names.
 
     Args:
-        source: for messages.
-        branches: by `official_format.branch_name`.
-        wanted: our names of all branch weights of the model.
+        source: folder in the authors' format, for messages.
+        branches: weights by `format.branch_name`.
+        names: our names of all branch weights of the model.
 
     Raises:
         ConversionError: some are missing, or there are some that the model has no place for.
     """
-    ours = {official_name(name, config.branch_depth): name for name in wanted}
+    ours = {official_name(name, config.branch_depth): name for name in names}
     place = f"{source} (K={config.branch_layer}, T={config.branch_depth}, gate: {config.has_gate})"
     missing = sorted(ours.keys() - branches.keys())
     if missing:
@@ -112,16 +115,8 @@ def fit_vocabulary(weights: dict[str, Any], config: QZoomConfig) -> None:
     config.get_text_config().vocab_size = rows
 
 
-def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration:
-    """The model of a folder in the authors' format; weights are read once, straight into it.
-
-    Args:
-        source: the folder.
-        base: folder of the plain VLM that supplies missing weights.
-
-    Raises:
-        ConversionError: something is missing or of an unknown kind.
-    """
+def _split_weights(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(weights of the VLM under transformers' names, branch weights by `format.branch_name`) of a folder."""
     vlm, branches = {}, {}
     for key, weight in read_weights(source).items():
         name = branch_name(key)
@@ -129,22 +124,29 @@ def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration
             vlm[vlm_name(key)] = weight
         else:
             branches[name] = weight
-    config = qzoom_config(source, set(branches), base)
-    if not vlm:
-        raise ConversionError(f"{source} holds no weights but those of the branches.")
-    config.dtype = next(iter(vlm.values()))[...].dtype
+    return vlm, branches
+
+
+def _complete_vlm(vlm: dict[str, Any], config: QZoomConfig, base: Path | None) -> dict[str, Any]:
+    """The VLM's weights with those that only its plain model has, in a vocabulary with a row for the image token."""
     if base is not None:
         vlm = {vlm_name(key): weight for key, weight in read_weights(base).items()} | vlm
     if config.tie_word_embeddings:
         vlm.pop("lm_head.weight", None)
     if not config.backbone.grid.has_budget:
         fit_vocabulary(vlm, config)
-    with torch.device("meta"):
-        wanted = list(QZoomForConditionalGeneration(config).state_dict())
-    weights = translate_branches(source, branches, config, [name for name in wanted if name.startswith("zoom.")])
+    return vlm
+
+
+def _check_vlm(source: Path, vlm: dict[str, Any], config: QZoomConfig, names: list[str], base: Path | None) -> None:
+    """Refuses a VLM without all of its weights.
+
+    Args:
+        names: our names of all weights of the model.
+    """
+    needed = {name.removeprefix("vlm.") for name in names if name.startswith("vlm.")}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    names = {name.removeprefix("vlm.") for name in wanted if name.startswith("vlm.")}
-    missing = sorted(names - vlm.keys() - optional)
+    missing = sorted(needed - vlm.keys() - optional)
     if missing:
         hint = (
             f"{base} lacks them too."
@@ -152,13 +154,35 @@ def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration
             else "Outputs of SD-RPN's training end above the branch; name the plain VLM's folder with --base."
         )
         raise ConversionError(f"{source} lacks weights of the VLM: {_some(missing)}. {hint}")
+
+
+def load_model(source: Path, base: Path | None) -> QZoomForConditionalGeneration:
+    """The model of a folder in the authors' format; weights are read once, straight into it.
+
+    Args:
+        source: folder in the authors' format.
+        base: folder of the plain VLM that supplies missing weights.
+
+    Raises:
+        ConversionError: something is missing or of an unknown kind.
+    """
+    vlm, branches = _split_weights(source)
+    config = qzoom_config(source, set(branches), base)
+    if not vlm:
+        raise ConversionError(f"{source} holds no weights but those of the branches.")
+    config.dtype = next(iter(vlm.values()))[...].dtype
+    vlm = _complete_vlm(vlm, config, base)
+    with torch.device("meta"):
+        names = list(QZoomForConditionalGeneration(config).state_dict())
+    zoom = translate_branches(source, branches, config, [name for name in names if name.startswith("zoom.")])
+    _check_vlm(source, vlm, config, names, base)
     try:
         model = QZoomForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict={**vlm, **weights}, dtype=config.dtype
+            None, config=config, state_dict={**vlm, **zoom}, dtype=config.dtype
         )
     except (ValueError, RuntimeError) as error:
         raise ConversionError(f"{source}: {error}") from error
-    for folder in (source, base):
+    for folder in filter(None, (source, base)):
         if read_json(folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
             break

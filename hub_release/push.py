@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 
+# called as a file, Python looks for packages beside it; ours are one folder up
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: E402
-from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
 
-from hub_release.card.card import rename  # noqa: E402
-from hub_release.repository.files import files_of, is_repository  # noqa: E402
-from hub_release.verify import add_environment_options, environment_options, verify  # noqa: E402
+from hub_release.card.parts import rename
+from hub_release.repository.files import files_of, is_repository
+from hub_release.verify import add_environment_options, environment_options, verify
 
 
 MAIN = "main"
@@ -38,9 +39,9 @@ class PushError(ValueError):
 class Upload:
     """One file as it goes to the Hub.
 
-    Args:
-        name: Path in the repository.
-        content: The file, or the bytes that replace it.
+    Attributes:
+        name: path in the repository.
+        content: the file, or the bytes that replace it.
     """
 
     name: str
@@ -48,11 +49,11 @@ class Upload:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def operation(self) -> CommitOperationAdd:
-        """For the commit."""
+        """Its part of the commit."""
         return CommitOperationAdd(self.name, self.content)
 
 
@@ -71,7 +72,7 @@ def plan(folder: Path, repository: str) -> list[Upload]:
 def _check_repository(api: Any, repository: str, private: bool, tag: str | None) -> None:
     if private and not api.repo_info(repository).private:
         raise PushError(f"{repository} exists and is public; make it private in its settings, or leave --private out.")
-    if tag is not None and tag in {found.name for found in api.list_repo_refs(repository).tags}:
+    if tag is not None and tag in {known.name for known in api.list_repo_refs(repository).tags}:
         raise PushError(f"{repository} has a tag {tag} already; a tag that people pin does not move. Choose another.")
 
 
@@ -90,18 +91,18 @@ def push(
 
     Args:
         repository: OWNER/NAME; made if it does not exist.
-        revision: Branch; made from `main` if it does not exist.
-        tag: Name for the commit.
-        private: Make the repository private; one that exists has to be.
-        delete: Delete files of the repository that the folder does not hold.
-        message: Of the commit.
-        api: An `HfApi`.
+        revision: branch; made from `main` if it does not exist.
+        tag: name for the commit.
+        private: whether to make the repository private; one that exists has to be.
+        delete: whether to delete files of the repository that the folder does not hold.
+        message: the commit's message.
+        api: an `HfApi`, by default a new one.
 
     Returns:
         The commit's hash.
 
     Raises:
-        PushError: The repository is public, has that tag, or holds other files. Nothing was sent then.
+        PushError: the repository is public, has that tag, or holds other files. Nothing was sent then.
     """
     api = api or HfApi()
     uploads = plan(folder, repository)

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# called as a file, Python looks for packages beside it; ours are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
-from hub_release.checks.clean_environment import PACKAGES, disagreements, make_environment, probe  # noqa: E402
-from hub_release.checks.folder import check_folder  # noqa: E402
-from hub_release.repository.code import code_files  # noqa: E402
-from hub_release.repository.errors import BuildError  # noqa: E402
-from hub_release.repository.files import AUTO_MAPS, PACKAGE, read_json  # noqa: E402
-from hub_release.repository.tensors import stored_tensors, variant_of  # noqa: E402
+from hub_release.checks.clean_environment import PACKAGES, disagreements, make_environment, probe
+from hub_release.checks.folder import check_folder
+from hub_release.repository.code import code_files
+from hub_release.repository.errors import BuildError
+from hub_release.repository.files import AUTO_MAPS, PACKAGE, ROOT, read_json
+from hub_release.repository.tensors import stored_tensors, variant_of
 
 
 PAGE = ROOT / "examples" / "assets" / "page.png"
@@ -38,14 +38,18 @@ ZOOMED = {"gate_threshold": 0.0, "region_threshold": 0.6, "region_threshold_mode
 def needed_packages(folder: Path) -> tuple[str, ...]:
     """What has to be installed to load the folder."""
     config = read_json(folder / "config.json")
-    packages = PACKAGES
+    packages: tuple[str, ...] = PACKAGES
     if "bit" in variant_of(config, stored_tensors(folder)) or config.get("quantization_config"):
         packages += ("accelerate", "bitsandbytes")
     return packages + (("accelerate", "peft") if config.get("lora_subfolder") else ())
 
 
-def _wrong_in(result: dict[str, Any], folder: Path) -> list[str]:
-    """What a clean process found, as sentences."""
+def judge(result: dict[str, Any], folder: Path) -> list[str]:
+    """What is wrong with a folder by what a clean process says about it, one sentence each.
+
+    Args:
+        result: what `probe` returned.
+    """
     wrong = [f"answers differ: {difference}" for difference in disagreements(result["answers"])]
     if PACKAGE.name in result["present"]:
         wrong.append(f"{PACKAGE.name} can be imported in that environment, so loading there proves nothing")
@@ -72,20 +76,20 @@ def check_loading(
     """Loads a folder where our package is not, and asks it the same question in every way.
 
     Args:
-        python: Interpreter; by default that of a virtual environment made now.
-        base_folder: Where an add-on's base model is.
-        timeout: In seconds, for loading and asking.
+        python: an interpreter; by default that of a virtual environment made now.
+        base_folder: where an add-on's base model is.
+        timeout: seconds that loading and asking may take.
 
     Returns:
         What was wrong, one sentence each.
 
     Raises:
-        BuildError: The environment could not be made, or the folder could not be loaded or asked in it.
+        BuildError: the environment could not be made, or the folder could not be loaded or asked in it.
     """
     is_addon = variant_of(read_json(folder / "config.json"), stored_tensors(folder)) == "addon"
     if is_addon and base_folder is None:
         raise BuildError("an add-on is proven together with its base model; say where that is with --base-folder")
-    options = {"base_model_name_or_path": str(Path(base_folder).resolve())} if is_addon else {}
+    options = {"base_model_name_or_path": str(Path(base_folder).resolve())} if is_addon and base_folder else {}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             where = python or make_environment(Path(scratch) / "environment", needed_packages(folder))
@@ -97,7 +101,7 @@ def check_loading(
             )
         except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
             raise BuildError(f"it cannot be used there: {_cause(error)}") from error
-    return _wrong_in(result, folder)
+    return judge(result, folder)
 
 
 def verify(
@@ -111,8 +115,8 @@ def verify(
     """Everything that keeps a folder from being published.
 
     Args:
-        python, base_folder, timeout: As of `check_loading`.
-        tell: Takes a line about every check that has ended.
+        python, base_folder, timeout: as `check_loading` takes them.
+        tell: takes a line about every check that has ended.
 
     Returns:
         One sentence for each thing that is wrong; none if the folder is right.
@@ -122,14 +126,14 @@ def verify(
         return [f"{folder} is not a folder"]
     problems: list[str] = []
 
-    def note(name: str, found: list[str]) -> None:
-        problems.extend(found)
-        tell(f"{name:10} {'right' if not found else f'wrong ({len(found)})'}")
-        for problem in found:
+    def note(name: str, findings: list[str]) -> None:
+        problems.extend(findings)
+        tell(f"{name:10} {'right' if not findings else f'wrong ({len(findings)})'}")
+        for problem in findings:
             tell(f"  - {problem}")
 
-    for name, found in check_folder(folder).items():
-        note(name, found)
+    for name, findings in check_folder(folder).items():
+        note(name, findings)
     if problems:
         tell("loading    not tried before the above is right")
         return problems

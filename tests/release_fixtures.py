@@ -4,16 +4,18 @@ import atexit
 import json
 import os
 import shutil
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hub_release.build import build
 from hub_release.checks.clean_environment import make_environment
+from hub_release.convert_official import convert
+from hub_release.repository.files import EVALUATION
 from tests.golden import load_case
 from tests.loading_fixtures import ZOOM_CONFIG, attach
 from tests.processing_fixtures import PROCESSORS
@@ -21,11 +23,6 @@ from tests.tiny import QWEN_SPECIALS, qwen_tokenizer, tiny_vlm
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "hub_release"))
-
-from hub_release.convert_official import convert  # noqa: E402
-
-
 DEMO = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 FIGURES = {
     "summary": {"fine_accuracy_zoom": 0.75, "gate_auroc": 0.5},
@@ -72,13 +69,19 @@ def built_folder(family: str, folder: Path) -> Path:
     return output
 
 
+def write_figures(checkpoint: Path, **contents: dict[str, Any]) -> None:
+    """What was measured with a checkpoint, by kind of figures."""
+    (checkpoint / EVALUATION).mkdir(exist_ok=True)
+    for kind, content in contents.items():
+        (checkpoint / EVALUATION / f"{kind}.json").write_text(json.dumps(content))
+
+
 def published_folder(folder: Path) -> Path:
     """A built one with everything that a repository may have: figures, an author's card, a named base model."""
     data = data_folder("qwen2_5_vl", folder / "data")
     head = "---\nlanguage: en\ntags:\n- tiny\n---\n"
     (data / "README.md").write_text(f"{head}\n# tiny\n\nFor tests.\n\n## Limits\n\nAll.\n")
-    for kind, content in (("figures", FIGURES), ("times", {"all of it": 90.0})):
-        (folder / f"data-{kind}.json").write_text(json.dumps(content))
+    write_figures(data, figures=FIGURES, times={"all of it": 90.0})
     (folder / "base").mkdir()
     (folder / "base" / "LICENSE.txt").write_text("the base model's terms\n")
     return build(data, folder / "built", base="someone/base", base_folder=folder / "base", licence="apache-2.0")

@@ -47,8 +47,8 @@ def figure_table(measured: dict[str, Any], shifted: dict[str, Any] | None = None
     """Figures with 95 % intervals and their conditions, as `python -m modeling_qzoom.evaluation` wrote them.
 
     Args:
-        measured: On the test split.
-        shifted: On the split of other fonts and layouts.
+        measured: figures of the test split.
+        shifted: figures of the split with other fonts and layouts.
     """
     lines = ["| figure | test | 95 % interval | shifted |", "|---|---|---|---|"]
     for name, value in measured["summary"].items():
@@ -89,16 +89,16 @@ def page_kind_table(measured: dict[str, Any]) -> str | None:
     return "\n".join(lines)
 
 
-def spread_table(held: dict[str, Any]) -> str:
-    """The spread over seeds.
+def spread_table(spread: dict[str, Any]) -> str:
+    """Lowest, mean and highest of every figure over seeds.
 
     Args:
-        held: What `train_demo.write_spread` wrote.
+        spread: content of `evaluation/seeds.json`, as the demo's recipe writes it.
     """
-    lines = [f"{held['seeds']} seeds of the last stages, {held['rows']} test rows each:", ""]
+    lines = [f"{spread['seeds']} seeds of the last stages, {spread['rows']} test rows each:", ""]
     lines += ["| figure | lowest | mean | highest |", "|---|---|---|---|"]
-    for name, found in held["spread"].items():
-        lines.append(f"| {name} | {found['lowest']:.3f} | {found['mean']:.3f} | {found['highest']:.3f} |")
+    for name, figure in spread["spread"].items():
+        lines.append(f"| {name} | {figure['lowest']:.3f} | {figure['mean']:.3f} | {figure['highest']:.3f} |")
     return "\n".join(lines)
 
 

@@ -51,8 +51,8 @@ small = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True
 Needs `pip install accelerate bitsandbytes`. The skip list keeps the vision side in 16 bit; gate head, region queries
 and keys and the output embedding stay so by themselves. 4 bit saves memory, not time."""
 
+# where a family's vision side is, by `model_type`; elsewhere it is "model.visual"
 VISION = {"llava": ["model.vision_tower", "model.multi_modal_projector"]}
-"""Where a family's vision side is, by `model_type`; elsewhere it is "model.visual"."""
 
 FOUR_BIT_STORED = """\
 The weights are quantized already: `from_pretrained` needs no `quantization_config`. 4 bit saves memory, not time."""
@@ -80,7 +80,7 @@ the coarse budget, `plain_8x` at eight times it. `fine_accuracy_zoom` and `regio
 `region_recall`: the box covers nine tenths of what was asked about; `region_area`: the box's share of the image;
 `gate_auroc`: how well the gate tells fine from coarse; `gating_loss`: accuracy always zoomed minus accuracy gated."""
 
-UNKNOWN_TRAINING = "Whoever built this card did not say."
+UNKNOWN_TRAINING = "The author of this checkpoint has not stated it."
 
 DEFAULT_LIMITS = """\
 - One box per question: evidence in several places makes one large box.

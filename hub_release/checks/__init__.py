@@ -1,1 +1,1 @@
-"""Proofs of a repository."""
+"""Checks of a repository: what can be seen without running it, and what it answers in a clean environment."""

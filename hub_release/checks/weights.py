@@ -56,8 +56,25 @@ def _is_packed(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return any(prod(stored) * count == prod(expected) for count in _PACKED.values())
 
 
-def _check_base(config: dict[str, Any], is_addon: bool) -> Iterator[str]:
-    base = config.get("base_model_name_or_path")
+def _check_names(info: dict[str, Any], variant: str) -> Iterator[str]:
+    """Weights that are missing, and those that the model has no place for."""
+    for part, what in (("zoom.", "branch weights"), ("vlm.", "weights of the VLM")):
+        missing = sorted(name for name in info["missing_keys"] if name.startswith(part))
+        if missing and not (variant == "addon" and part == "vlm."):
+            yield f"{what} are missing: {_some(missing)}"
+    if info["unexpected_keys"]:
+        yield f"weights that the model has no place for: {_some(sorted(info['unexpected_keys']))}"
+
+
+def _check_shapes(info: dict[str, Any], variant: str) -> Iterator[str]:
+    """Weights of other shapes than the model's, unless they are packed."""
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        if not ("bit" in variant and _is_packed(tuple(stored), tuple(expected))):
+            yield f"{name} has the shape {tuple(stored)} instead of {tuple(expected)}"
+
+
+def _check_base(base: str | None, is_addon: bool) -> Iterator[str]:
+    """The base model's name is one that others can reach."""
     if base is None and is_addon:
         yield "config.json of this add-on names no base model; build with --base OWNER/NAME"
     elif base is not None and (not is_repository(base) or Path(base).exists()):
@@ -72,22 +89,17 @@ def check_weights(folder: Path) -> Iterator[str]:
     """
     fields, stored = read_json(folder / "config.json"), stored_tensors(folder)
     variant = variant_of(fields, stored)
-    read = {tensor.file for tensor in stored.values()}
+    listed = {tensor.file for tensor in stored.values()}
     others = (name for name in files_of(folder) if name.endswith(".safetensors") and "/" not in name)
-    yield from (f"{name} is read by nobody, or instead of what the index lists" for name in others if name not in read)
+    yield from (
+        f"{name} is read by nobody, or instead of what the index lists" for name in others if name not in listed
+    )
     names = {name: tensor for name, tensor in stored.items() if _owner(name, stored) is None}
     try:
         info = _assign(QZoomConfig.from_pretrained(folder), names)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         yield f"config.json describes no model: {error}"
         return
-    for part, what in (("zoom.", "branch weights"), ("vlm.", "weights of the VLM")):
-        missing = sorted(name for name in info["missing_keys"] if name.startswith(part))
-        if missing and not (variant == "addon" and part == "vlm."):
-            yield f"{what} are missing: {_some(missing)}"
-    if info["unexpected_keys"]:
-        yield f"weights that the model has no place for: {_some(sorted(info['unexpected_keys']))}"
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        if not ("bit" in variant and _is_packed(tuple(found), tuple(expected))):
-            yield f"{name} has the shape {tuple(found)} instead of {tuple(expected)}"
-    yield from _check_base(fields, variant == "addon")
+    yield from _check_names(info, variant)
+    yield from _check_shapes(info, variant)
+    yield from _check_base(fields.get("base_model_name_or_path"), variant == "addon")

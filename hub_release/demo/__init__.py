@@ -1,1 +1,1 @@
-"""The demo checkpoint: from nothing to figures and pictures."""
+"""The demo checkpoint: how it is made from nothing, measured and shown."""

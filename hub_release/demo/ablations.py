@@ -1,6 +1,6 @@
-"""Ablations of the demo: what each part of the method is worth, on the work folder of `train_demo.py`.
+"""Ablations of the demo: what each part of the method is worth, measured on the recipe's work folder.
 
-    python hub_release/demo/ablations.py [--quick] [--only NAME ...]
+    python -m hub_release.demo.ablations [--quick] [--only NAME ...]
 
 Every arm retrains only what it changes, for two epochs, and is measured on the same validation pages with the same
 thresholds. What exists in the folder `ablations` is not made again. `--quick` trains one epoch and measures 60 rows:
@@ -10,23 +10,21 @@ it shows that everything runs and says little about the model.
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-import yaml  # noqa: E402
-
-from hub_release.demo.recipe import Clock, attach, evaluate, run_stage  # noqa: E402
-from modeling_qzoom.training.common.label_store import Manifest, ShardStore, read_labels, read_manifest  # noqa: E402
-from modeling_qzoom.training.regions.rule import covered_cells  # noqa: E402
+from hub_release.demo.clock import Clock
+from hub_release.demo.recipe import attach, evaluate, run_stage
+from hub_release.repository.files import ROOT
+from modeling_qzoom.data.rows import Rows
+from modeling_qzoom.training.common.label_store import Manifest, ShardStore, read_labels, read_manifest
+from modeling_qzoom.training.regions.rule import covered_cells
 
 
 REGION_FIGURES = ("fine_accuracy_zoom", "region_recall", "region_area")
@@ -38,12 +36,12 @@ FUSION_FIGURES = ("fine_accuracy_zoom", "coarse_accuracy_zoom")
 class Bench:
     """What arms share.
 
-    Args:
-        work: The work folder of `train_demo.py`.
-        folder: Where arms and their figures go.
-        rows: Validation rows.
-        quick: One epoch of training.
-        clock: Adds up the time.
+    Attributes:
+        work: work folder of the recipe.
+        folder: where arms and their figures go.
+        rows: number of validation rows.
+        quick: whether arms are trained for one epoch only.
+        clock: adds up the time of training.
     """
 
     work: Path
@@ -53,7 +51,7 @@ class Bench:
     clock: Clock
 
     def train(self, stage: str, arm: str, **overrides: Any) -> Path:
-        """Train an arm's branch and return its checkpoint."""
+        """Trains an arm's branch and returns its checkpoint."""
         output = self.folder / arm
         overrides["trainer.num_train_epochs"] = 1 if self.quick else 2
         run_stage(self.clock, stage, f"{stage}, {arm}", output=output, **overrides)
@@ -73,22 +71,23 @@ class Bench:
 
 
 def true_box_labels(source: Path, target: Path) -> Path:
-    """Labels whose maps are the true boxes instead of the model's attention."""
-    held = read_manifest(source, "label-regions")
-    manifest = Manifest(held["stage"], held["backbone"], held["rows"], {**held["settings"], "maps": "true boxes"})
+    """Writes labels whose maps are the true boxes instead of the model's attention."""
+    given = read_manifest(source, "label-regions")
+    manifest = Manifest(given["stage"], given["backbone"], given["rows"], {**given["settings"], "maps": "true boxes"})
     store = ShardStore(target, manifest, 1)
 
-    def boxed(rows, bad) -> list[dict[str, Any]]:
-        found = []
+    def boxed(_rows: Any, _bad: Any) -> list[dict[str, Any]]:
+        records = []
         for record in read_labels(source, "label-regions", None):
             grid = (record["height"], record["width"])
             scale = [grid[1] / record["image_width"], grid[0] / record["image_height"]] * 2
             cells = covered_cells(tuple(edge * by for edge, by in zip(record["box"], scale, strict=True)), grid)
             maps = {"grounding": cells.flatten().numpy(), "sinks": torch.zeros(grid).flatten().numpy()}
-            found.append({**record, **maps})
-        return found
+            records.append({**record, **maps})
+        return records
 
-    store.make([None], 1, boxed)
+    # one shard with all records: a single row stands for them
+    store.make(cast(Rows, [None]), 1, boxed)
     return target
 
 
@@ -182,7 +181,7 @@ def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
         title = (ARMS[name].__doc__ or name).strip()
         columns = list(next(iter(arms.values())))
         lines = [title, "", f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {arm} | {' | '.join(f'{found[c]:.3f}' for c in columns)} |" for arm, found in arms.items()]
+        lines += [f"| {arm} | {' | '.join(f'{figures[c]:.3f}' for c in columns)} |" for arm, figures in arms.items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -190,7 +189,7 @@ def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo-stages", help="of train_demo.py")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo-stages", help="work folder of the recipe")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--rows", type=int, default=300, help="validation rows an arm is measured on")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS), help="these ablations alone")
@@ -206,8 +205,8 @@ def main() -> None:
     if {"labels", "sinks", "states", "depth"} & set(arguments.only):
         bench.measure(bench.regions("self-distilled"), "self-distilled", REGION_FIGURES)  # what these share
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(lambda name: ARMS[name](bench), arguments.only)
-        results = dict(zip(arguments.only, found, strict=True))
+        figures = pool.map(lambda name: ARMS[name](bench), arguments.only)
+        results = dict(zip(arguments.only, figures, strict=True))
     minutes = sum(bench.clock.read().values()) / 60
     if arguments.output is not None:
         content = {"results": results, "rows": rows, "quick": arguments.quick, "training_minutes": round(minutes, 1)}

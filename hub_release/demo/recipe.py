@@ -1,104 +1,46 @@
-"""From nothing to the demo checkpoint: `python hub_release/demo/recipe.py`.
+"""From nothing to the demo checkpoint: `python -m hub_release.demo.recipe`.
 
 The backbone is trained from scratch; what follows are the stages of `python -m modeling_qzoom.training`, as a user
-runs them, with the configurations in `hub_release/demo`. What exists in the work folder is not made again, so an
-interrupted run goes on where it stopped; `times.json` there adds up what each step took. The backbone is sized for a
-GPU (six minutes on an H100; a step of its longest stage took 43 seconds on one CPU thread), the stages for CPU cores.
+runs them, with the configurations in `configs/` beside this file. What exists in the work folder is not made again, so
+an interrupted run goes on where it stopped; `times.json` there adds up what each step took. The backbone is sized for
+a GPU (six minutes on an H100; a step of its longest stage took 43 seconds on one CPU thread), the stages for a CPU.
 """
 
 import argparse
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from hub_release.card.tables import figure_table, page_kind_table, short_table, spread_table  # noqa: E402
-from hub_release.demo.backbone.loop import load_state  # noqa: E402
-from hub_release.demo.backbone.model import build_backbone, demo_config  # noqa: E402
-from hub_release.demo.backbone.samples import ALL_KINDS, SCENES  # noqa: E402
-from hub_release.demo.backbone.tokenizer import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
-from hub_release.demo.backbone.train import train_decoder, train_tower, training_parts  # noqa: E402
-from hub_release.demo.checkpoint import write_attached, write_card, write_checkpoint  # noqa: E402
-from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor  # noqa: E402
-from modeling_qzoom.data.drawn.questions import question_corpus  # noqa: E402
-
-
-@dataclass(frozen=True)
-class DecoderStage:
-    """One stage of the decoder's curriculum.
-
-    Args:
-        name: Its file in the work folder.
-        groups: Samples per step by name, see `demo_data.DRAW`.
-        decay: Share of the steps with a falling rate.
-        lr: Peak rate.
-        kinds: How often each kind of page is drawn.
-    """
-
-    name: str
-    steps: int
-    groups: dict[str, int]
-    decay: float
-    lr: float = 2e-3
-    kinds: dict[str, int] = field(default_factory=lambda: ALL_KINDS)
+from hub_release.card.tables import figure_table, page_kind_table, short_table, spread_table
+from hub_release.demo.backbone.loop import load_state
+from hub_release.demo.backbone.model import build_backbone, demo_config
+from hub_release.demo.backbone.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from hub_release.demo.backbone.train import DecoderStage, train_decoder, train_tower, training_parts
+from hub_release.demo.checkpoint import write_attached, write_card, write_checkpoint
+from hub_release.demo.clock import Clock, history_of
+from hub_release.repository.files import EVALUATION, FIGURE_KINDS, ROOT
+from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
+from modeling_qzoom.data.drawn.questions import question_corpus
 
 
 TOWER_STEPS, TOWER_VIEWS = 312, 144
+# to read close up and to search large print; then pages with crops; then small print at every budget
 DECODER_STAGES = (
-    DecoderStage("2-search", 401, {"crop": 24, "whole": 48}, decay=0.0, kinds=SCENES),
+    DecoderStage("2-search", 401, {"crop": 24, "whole": 48}, decay=0.0),
     DecoderStage("3-pages", 446, {"crop": 20, "whole": 36, "page": 20}, decay=0.0),
     DecoderStage("4-polish", 1338, {"crop": 10, "search": 30, "page": 40, "large": 12}, decay=0.9),
 )
 REPORT = Path(__file__).with_name("REPORT.md")
 MARKERS = ("<!-- figures -->", "<!-- end of figures -->")
-
-logger = logging.getLogger("train_demo")
-
-
-class Clock:
-    """Seconds that each step has taken, over all runs of the recipe.
-
-    Args:
-        path: JSON file that keeps them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, Lock()
-
-    def read(self) -> dict[str, float]:
-        """Seconds by step."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Adds the time spent within it, also where it is interrupted."""
-        logger.info("step %s", name)
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            with self.lock:  # seeds may run side by side
-                times = self.read()
-                times[name] = round(times.get(name, 0) + time.monotonic() - began, 1)
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(times, indent=2) + "\n")
 
 
 def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -110,11 +52,11 @@ def fresh_backbone() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedToke
 
 
 def train_backbone(work: Path, scale: float, device: str, clock: Clock) -> None:
-    """Run the backbone's stages that have not left their weights yet.
+    """Runs the backbone's stages that have not left their weights yet.
 
     Args:
-        scale: Factor on every stage's number of steps.
-        device: Where it trains.
+        scale: factor on every stage's number of steps.
+        device: where it trains.
     """
     model, tokenizer = fresh_backbone()
     model.to(device)
@@ -130,14 +72,12 @@ def train_backbone(work: Path, scale: float, device: str, clock: Clock) -> None:
                 train_tower(parts, round(TOWER_STEPS * scale), paths[0], TOWER_VIEWS)
                 continue
             stage = DECODER_STAGES[index - 1]
-            steps = round(stage.steps * scale)
-            train_decoder(
-                model, parts, tokenizer, steps, paths[index], stage.groups, stage.decay, stage.lr, seed=index
-            )
+            scaled = replace(stage, steps=round(stage.steps * scale))
+            train_decoder(model, parts, tokenizer, scaled, paths[index], seed=index)
 
 
 def attach(work: Path, folder: Path, **branches: int) -> None:
-    """Write the backbone with untrained branches, unless that is done."""
+    """Writes the backbone with untrained branches, unless that is done."""
     if not (folder / "config.json").exists():
         vlm, tokenizer = fresh_backbone()
         load_state(training_parts(vlm, tokenizer), work / f"{DECODER_STAGES[-1].name}.safetensors")
@@ -145,11 +85,11 @@ def attach(work: Path, folder: Path, **branches: int) -> None:
 
 
 def run_stage(clock: Clock, stage: str, name: str | None = None, **overrides: Any) -> None:
-    """Run a training stage with the demo's configuration, as its command.
+    """Runs a training stage with the demo's configuration, as its command.
 
     Args:
-        name: Of the step, the stage's by default.
-        overrides: Options that win over the file's.
+        name: name of the step, by default that of the stage.
+        overrides: options that win over the file's.
     """
     options = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in overrides.items()]
     config = ROOT / "hub_release" / "demo" / "configs" / f"{stage}.yaml"
@@ -159,23 +99,22 @@ def run_stage(clock: Clock, stage: str, name: str | None = None, **overrides: An
 
 
 def train_branches(work: Path, clock: Clock) -> None:
-    """Stages 1 and 2, and the labels of 2.5 and 3: everything that all seeds share."""
+    """Runs stages 1 and 2 and makes the labels of 2.5 and 3: everything that all seeds share."""
     attach(work, work / "attached")
     if not (work / "heads.yaml").exists():
         run_stage(clock, "find-heads", model=work / "attached", output=work / "heads.yaml")
-    labels = {"heads": work / "heads.yaml", "output": work / "region-labels"}
-    run_stage(clock, "label-regions", model=work / "attached", **labels)
-    regions = work / "regions"
+    heads, regions = work / "heads.yaml", work / "regions"
+    run_stage(clock, "label-regions", model=work / "attached", heads=heads, output=work / "region-labels")
     run_stage(clock, "train-regions", model=work / "attached", labels=work / "region-labels", output=regions)
     run_stage(clock, "mine-fusion", model=regions, output=work / "fusion-cases")
     run_stage(clock, "train-fusion", model=regions, labels=work / "fusion-cases", output=work / "fused")
     run_stage(clock, "label-gates", model=work / "fused", output=work / "gate-labels")
-    labels["output"] = work / "refit-labels"
-    run_stage(clock, "label-regions", "label-regions, again", model=work / "fused", **labels)
+    again = {"heads": heads, "output": work / "refit-labels"}
+    run_stage(clock, "label-regions", "label-regions, again", model=work / "fused", **again)
 
 
 def finish_seed(work: Path, clock: Clock, seed: int) -> Path:
-    """Stages 2.5 and 3 and the calibration with a seed; returns the checkpoint's folder."""
+    """Runs stages 2.5 and 3 and the calibration with a seed, and returns the checkpoint's folder."""
     folder, mark = work / f"seed-{seed}", "" if seed == 0 else f", seed {seed}"
     refit = {"labels": work / "refit-labels", "output": folder / "refit", "reset": False, "seed": seed}
     refit["trainer.num_train_epochs"] = 2  # the branch is trained already
@@ -199,15 +138,16 @@ def evaluate(folder: Path, output: Path, rows: int, *arguments: str) -> dict[str
 
 
 def write_spread(folders: list[Path], output: Path, rows: int, jobs: int = 1) -> None:
-    """Measure the checkpoints of all seeds on the same rows, and write lowest, mean and highest of every figure."""
+    """Measures the checkpoints of all seeds on the same rows, and writes lowest, mean and highest of every figure."""
     options = ("--split", "test", "--seed", "2", "--ladder-rows", "0")
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda folder: evaluate(folder, folder.parent / "figures.json", rows, *options), folders)
-        measured = [figures["summary"] for figures in found]
+        runs = pool.map(lambda folder: evaluate(folder, folder.parent / "figures.json", rows, *options), folders)
+        measured = [figures["summary"] for figures in runs]
     spread = {}
     for name in measured[0]:
         values = [figures[name] for figures in measured]
         spread[name] = {"lowest": min(values), "mean": sum(values) / len(values), "highest": max(values)}
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"seeds": len(folders), "rows": rows, "spread": spread}, indent=2) + "\n")
 
 
@@ -218,44 +158,29 @@ def write_figures(path: Path, text: str) -> None:
     path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
 
 
-def history_of(times: dict[str, float]) -> str:
-    """How long the checkpoint took, of what `Clock` kept; further seeds do not count."""
-    minutes = {"backbone": 0.0, "stages": 0.0}
-    place = "a CPU"
-    for name, seconds in times.items():
-        if match := re.fullmatch(r"\d-\w+ \((.*)\)", name):
-            place = match[1]
-            minutes["backbone"] += seconds / 60
-        elif "seed" not in name:
-            minutes["stages"] += seconds / 60
-    return (
-        f"Trained from nothing by `hub_release/demo/recipe.py`: the backbone in {minutes['backbone']:.0f} minutes on "
-        f"{place}, the stages of Q-Zoom after it in {minutes['stages']:.0f} minutes on CPU cores."
-    )
-
-
 def publish(source: Path, output: Path, clock: Clock, rows: int, jobs: int = 1) -> None:
     """Write the checkpoint, measure it, and put the figures into its card, the report and the README."""
     model, processor = QZoomForConditionalGeneration.from_pretrained(source), QZoomProcessor.from_pretrained(source)
     write_checkpoint(model, processor, output)
-    beside = {name: output.parent / f"{output.name}-{name}.json" for name in ("figures", "shifted", "seeds", "times")}
-    shutil.copy(clock.path, beside["times"])
+    measured = {kind: output / EVALUATION / f"{kind}.json" for kind in FIGURE_KINDS}
+    measured["times"].parent.mkdir(exist_ok=True)
+    shutil.copy(clock.path, measured["times"])
     trained = max(path.stat().st_mtime for path in source.iterdir())
-    for name in ("figures", "shifted"):
-        if beside[name].exists() and beside[name].stat().st_mtime < trained:
-            beside[name].unlink()  # of older weights
+    for name in ("figures", "shifted", "ablations"):
+        if measured[name].exists() and measured[name].stat().st_mtime < trained:
+            measured[name].unlink()  # of older weights
     relative = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
     picture = ("--pareto", "examples/assets/pareto.png", "--page-kinds")
     shifted = ("--split", "shifted", "--seed", "1", "--ladder-rows", "0")
     with ThreadPoolExecutor(jobs) as pool:
-        test = pool.submit(evaluate, relative, beside["figures"], rows, "--split", "test", "--seed", "1", *picture)
-        other = pool.submit(evaluate, relative, beside["shifted"], rows // 4, *shifted)
+        test = pool.submit(evaluate, relative, measured["figures"], rows, "--split", "test", "--seed", "1", *picture)
+        other = pool.submit(evaluate, relative, measured["shifted"], rows // 4, *shifted)
     figures = test.result()
     parts = [figure_table(figures, other.result()), page_kind_table(figures)]
-    if beside["seeds"].exists():
-        parts.append(spread_table(json.loads(beside["seeds"].read_text())))
+    if measured["seeds"].exists():
+        parts.append(spread_table(json.loads(measured["seeds"].read_text())))
     table, history = "\n\n".join(part for part in parts if part), history_of(clock.read())
-    write_card(output, model, table, history)
+    write_card(output, history)
     write_figures(ROOT / "README.md", short_table(figures))
     write_figures(REPORT, table + "\n\n" + history)
 
@@ -285,7 +210,7 @@ def main() -> None:
         finished = list(pool.map(lambda seed: finish_seed(work, clock, seed), arguments.seeds))
     output = arguments.output.resolve()
     if len(finished) > 1:
-        write_spread(finished, output.parent / f"{output.name}-seeds.json", arguments.rows // 4, arguments.jobs)
+        write_spread(finished, output / EVALUATION / "seeds.json", arguments.rows // 4, arguments.jobs)
     if arguments.until == "end":
         publish(finished[0], output, clock, arguments.rows, arguments.jobs)
 

@@ -1,1 +1,1 @@
-"""Tables of sizes, cost and speed."""
+"""Tables of memory, FLOPs and seconds at the sizes of real VLMs."""

@@ -1,26 +1,21 @@
-"""What a question costs before its first new token, at the sizes of real VLMs: `python hub_release/measure/cost.py`.
+"""What a question costs before its first new token, at the sizes of real VLMs: `python -m hub_release.measure.cost`.
 
 FLOPs in closed form (`modeling_qzoom/asking/cost.py`, which tests hold against counted FLOPs), vision tower
 included: the plain model at a large image budget against Q-Zoom at a small one, gate closed and gate open. No weight
-is made and nothing is downloaded. FLOPs are not seconds; `speed_table.py` measures those on a CUDA device.
+is made and nothing is downloaded. FLOPs are not seconds; `hub_release.measure.speed` measures those on a CUDA device.
 """
 
 import argparse
 import sys
-from pathlib import Path
+
+from hub_release.measure.sizes import MODELS
+from modeling_qzoom import QZoomConfig
+from modeling_qzoom.asking.cost import PrefillCost, Prompt
+from modeling_qzoom.zoom_options_qzoom import ZoomOptions, resolve_options
 
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from hub_release.measure.sizes import MODELS  # noqa: E402
-from modeling_qzoom import QZoomConfig  # noqa: E402
-from modeling_qzoom.asking.cost import PrefillCost, Prompt  # noqa: E402
-from modeling_qzoom.zoom_options_qzoom import ZoomOptions, resolve_options  # noqa: E402
-
-
+# tokens before the image: the chat template's system prompt and the image's start marker
 PREFIX = 15
-"""Tokens before the image: the chat template's system prompt and the image's start marker."""
 
 
 def square(tokens: int) -> tuple[int, int]:
@@ -34,8 +29,8 @@ def costs(config: QZoomConfig, large: int, small: int, crop: int, text: int) -> 
 
     Args:
         large: budget of the plain model in visual tokens.
-        small, crop: what Q-Zoom sees coarsely, and of the region.
-        text: tokens behind the image.
+        small, crop: visual tokens of Q-Zoom's coarse view, and of its crop.
+        text: tokens after the image.
     """
     config.crop_min_tokens, config.crop_max_tokens = 1, crop
     options: ZoomOptions = resolve_options({}, (), config, mrope=True)
@@ -45,20 +40,20 @@ def costs(config: QZoomConfig, large: int, small: int, crop: int, text: int) -> 
         grid = square(tokens)
         return Prompt(tokens=PREFIX + grid[0] * grid[1] + 1 + text, suffix=text, grid=grid)
 
-    found = {
+    flops = {
         f"plain, {large} tokens": cost.plain(prompt(large)),
         f"plain, {small} tokens": cost.plain(prompt(small)),
         f"Q-Zoom, {small} tokens, gate closed": cost.skipped(prompt(small)),
         f"Q-Zoom, {small} tokens and a crop of {crop}": cost.zoomed(prompt(small), square(crop)),
     }
-    return {name: flops / 1e12 for name, flops in found.items()}
+    return {name: count / 1e12 for name, count in flops.items()}
 
 
-def markdown(found: dict[str, dict[str, float]]) -> str:
-    """A column per model: TFLOPs, and their share of the first row."""
-    lines = [f"| TFLOPs of a prefill | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    for name in next(iter(found.values())):
-        cells = [f"{column[name]:.1f} ({column[name] / next(iter(column.values())):.0%})" for column in found.values()]
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """One column for each model: TFLOPs, and their share of the first row."""
+    lines = [f"| TFLOPs of a prefill | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
+    for name in next(iter(table.values())):
+        cells = [f"{column[name]:.1f} ({column[name] / next(iter(column.values())):.0%})" for column in table.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -71,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, default=576, help="visual tokens of the crop")
     parser.add_argument("--text", type=int, default=64, help="tokens of the question")
     options = parser.parse_args(arguments)
-    found = {}
+    table = {}
     for row in MODELS.values():
         config, _ = row.config(zooms=True)
-        found[row.name] = costs(config, options.large, options.small, options.crop, options.text)
-    print(markdown(found))
+        table[row.name] = costs(config, options.large, options.small, options.crop, options.text)
+    print(markdown(table))
     return 0
 
 

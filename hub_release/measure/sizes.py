@@ -1,14 +1,15 @@
-"""The models of the memory table: published sizes, written down so that nothing has to be downloaded."""
+"""The models of the tables: published sizes, written down so that nothing has to be downloaded."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 
+
+ModelClass = type[PreTrainedModel] | type[AutoModelForImageTextToText]
 
 _QWEN_TOKENS = {
     "vision_start_token_id": 151652,
@@ -22,8 +23,8 @@ _QWEN_TOKENS = {
 class ModelRow:
     """A published VLM.
 
-    Args:
-        name: as in the table.
+    Attributes:
+        name: name in the table.
         vlm: its configuration, as far as it decides over shapes.
         branch_layer, branch_depth: K and T of the published branches.
     """
@@ -33,7 +34,7 @@ class ModelRow:
     branch_layer: int
     branch_depth: int = 3
 
-    def config(self, zooms: bool) -> tuple[PreTrainedConfig, type]:
+    def config(self, zooms: bool) -> tuple[PreTrainedConfig, ModelClass]:
         """Configuration and class of the model, with Q-Zoom or plain."""
         fields = dict(self.vlm)
         if not zooms:
@@ -42,7 +43,9 @@ class ModelRow:
         return config, QZoomForConditionalGeneration
 
 
-def _qwen2_5(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict:
+def _qwen2_5(
+    width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
     return {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": tied,
@@ -106,43 +109,3 @@ MODELS = {
     "4B": ModelRow("Qwen3-VL-4B", _QWEN3_4B, branch_layer=24),
     "7B": ModelRow("Qwen2.5-VL-7B", _qwen2_5(3584, 18944, 28, 28, 4, 152064, tied=False), branch_layer=18),
 }
-
-
-def question(config: PreTrainedConfig, tokens: int, text_tokens: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A random prompt on the CUDA device, one image between text, and the options of `generate`.
-
-    Args:
-        tokens: visual tokens of the image, to the nearest square; with Q-Zoom also of the crop, which always happens.
-        text_tokens: tokens before the image, and after it.
-
-    Returns:
-        Inputs and options.
-    """
-    vlm = getattr(config, "vlm_config", config)
-    vision, device = vlm.vision_config, "cuda"
-    generator = torch.Generator().manual_seed(0)
-    side = max(1, round(tokens**0.5))
-    image = torch.full((side * side,), vlm.image_token_id)
-    # the special tokens are among the last ones
-    text = torch.randint(0, vlm.get_text_config().vocab_size // 2, (2, text_tokens), generator=generator)
-    start, end = (torch.tensor([token]) for token in (vlm.vision_start_token_id, vlm.vision_end_token_id))
-    ids = torch.cat([text[0], start, image, end, text[1]])[None]
-    patches = side * vision.spatial_merge_size
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(patches * patches, width, generator=generator)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == vlm.image_token_id).int(),
-        "pixel_values": pixels.to(torch.bfloat16),
-        "image_grid_thw": torch.tensor([[1, patches, patches]]),
-    }
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    if vlm is config:
-        return inputs, {"do_sample": False}
-    pixels_a_side = 3 * patches * vision.patch_size  # three times as fine as the coarse view
-    source = torch.randint(0, 256, (3, pixels_a_side, pixels_a_side), generator=generator, dtype=torch.uint8)
-    budget = {"crop_min_tokens": tokens // 2, "crop_max_tokens": tokens}
-    region = {"zoom": "always", "region_threshold": 0.5, "region_threshold_mode": "peak"}
-    inputs["source_images"] = [source]
-    return inputs, {**budget, **region, "do_sample": False, "return_zoom_reports": True}

@@ -1,4 +1,4 @@
-"""Seconds and memory of one question on a CUDA device: `python hub_release/measure/speed.py`.
+"""Seconds and memory of one question on a CUDA device: `python -m hub_release.measure.speed`.
 
 The plain model at a large image budget against Q-Zoom at a small one, gate closed and gate open, at the sizes of real
 VLMs with random weights: time does not depend on their values, and where it looks does not matter because every crop
@@ -15,23 +15,20 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from hub_release.measure.memory import GIB, load_random  # noqa: E402
-from hub_release.measure.sizes import MODELS, question  # noqa: E402
-from modeling_qzoom import QZoomForConditionalGeneration  # noqa: E402
+from hub_release.measure.memory import GIB
+from hub_release.measure.real_models import load_random, question
+from hub_release.measure.sizes import MODELS
 
 
+# gate thresholds that every probability and none reaches
 OPEN, CLOSED = 0.0, 1.1
-"""Gate thresholds that every probability and none reaches."""
 
 
 def arms(large: int, small: int) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Per row of the table the image's budget in visual tokens and the options of `generate`."""
+    """By row of the table the image's budget in visual tokens and the options of `generate`."""
     never = {"zoom": "never"}
     return {
         f"plain, {large} tokens": (large, never),
@@ -42,7 +39,7 @@ def arms(large: int, small: int) -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def timed(
-    model: QZoomForConditionalGeneration, inputs: dict, options: dict, new_tokens: int, runs: int
+    model: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any], new_tokens: int, runs: int
 ) -> list[float]:
     """Seconds of `generate` for exactly so many new tokens, sorted; two runs beforehand do not count."""
     seconds = []
@@ -55,15 +52,17 @@ def timed(
     return sorted(seconds[2:])
 
 
-def measure(model: QZoomForConditionalGeneration, tokens: int, options: dict, new_tokens: int, runs: int) -> dict:
+def measure(
+    model: PreTrainedModel, tokens: int, options: dict[str, Any], new_tokens: int, runs: int
+) -> dict[str, Any]:
     """Seconds to the first token and to the last, peak bytes, and what was looked at."""
     inputs, defaults = question(model.config, tokens)
     options = {**defaults, "return_dict_in_generate": True, **options}
     torch.cuda.reset_peak_memory_stats()
     first, whole = timed(model, inputs, options, 1, runs), timed(model, inputs, options, new_tokens, runs)
     report = model.generate(**inputs, **options, max_new_tokens=1).zoom_reports[0]
-    looked = {"reason": report.reason, "coarse_tokens": report.coarse_tokens, "crop_tokens": report.crop_tokens}
-    return {"first_token": first, "all_tokens": whole, "peak": torch.cuda.max_memory_allocated(), **looked}
+    view = {"reason": report.reason, "coarse_tokens": report.coarse_tokens, "crop_tokens": report.crop_tokens}
+    return {"first_token": first, "all_tokens": whole, "peak": torch.cuda.max_memory_allocated(), **view}
 
 
 def markdown(rows: list[dict[str, Any]], new_tokens: int) -> str:
@@ -73,9 +72,9 @@ def markdown(rows: list[dict[str, Any]], new_tokens: int) -> str:
     for row in rows:
         cells = [f"{row['name']} ({row['coarse_tokens']} + {row['crop_tokens']})"]
         for key in ("first_token", "all_tokens"):
-            spent = row[key]
-            cells.append(f"{1e3 * median(spent):.0f} ({1e3 * spent[0]:.0f} – {1e3 * spent[-1]:.0f})")
-            cells.append(f"{median(spent) / median(rows[0][key]):.2f}")
+            seconds = row[key]
+            cells.append(f"{1e3 * median(seconds):.0f} ({1e3 * seconds[0]:.0f} – {1e3 * seconds[-1]:.0f})")
+            cells.append(f"{median(seconds) / median(rows[0][key]):.2f}")
         lines.append(f"| {' | '.join(cells)} | {row['peak'] / GIB:.1f} |")
     return "\n".join(lines)
 
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: times are measured on a CUDA device, and there is none", file=sys.stderr)
         return 1
     device = f"{torch.cuda.get_device_name()}, bfloat16, sdpa, batch 1, torch {torch.__version__}"
-    found: dict[str, Any] = {"device": f"{device}, transformers {transformers.__version__}", "models": {}}
+    results: dict[str, Any] = {"device": f"{device}, transformers {transformers.__version__}", "models": {}}
     for name in options.models:
         config, model_class = MODELS[name].config(zooms=True)
         model = load_random(model_class, config, None, "cuda")
@@ -104,11 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({"name": arm, **measure(model, tokens, settings, options.new_tokens, options.runs)})
         del model
         torch.cuda.empty_cache()
-        found["models"][MODELS[name].name] = rows
+        results["models"][MODELS[name].name] = rows
         print(f"{MODELS[name].name}\n\n{markdown(rows, options.new_tokens)}\n", flush=True)
         if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(found["device"])
+            options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(results["device"])
     return 0
 
 

@@ -1,1 +1,1 @@
-"""The authors' checkpoint format."""
+"""The checkpoint format of the authors' code, and the operating points that they publish."""

@@ -1,4 +1,4 @@
-"""The checkpoint formats of the authors' code (Q-Zoom and SD-RPN): names of weights, configurations, thresholds."""
+"""The checkpoint formats of the authors' code (Q-Zoom and SD-RPN): names of weights, and configurations."""
 
 import json
 import re
@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from hub_release.official.presets import PRESETS
 from modeling_qzoom import QZoomConfig
 from modeling_qzoom.backbones_qzoom import BACKBONES, spec_for_config, token_grid_of
 
 
-_FALLBACK_BUDGET = (256, 576)  # of the authors' document benchmarks
+# tokens of the coarse view in the authors' document benchmarks
+_FALLBACK_BUDGET = (256, 576)
 
 _PREFIX = r"^(?:model\.)?(?:language_model\.)?(?:model\.)?"
 _BRANCH = re.compile(_PREFIX + r"((?:twig|high_res)_(?:layers|head|norm)\..+)$")
@@ -88,8 +90,8 @@ def official_name(name: str, depth: int) -> str:
     """What the authors call one of our branch weights.
 
     Args:
-        name: such as `zoom.region.layers.0.mlp.up_proj.weight`.
-        depth: T. The scorer is what the authors use of twig layer T - 1.
+        name: our name, such as `zoom.region.layers.0.mlp.up_proj.weight`.
+        depth: T; the scorer is what the authors use of twig layer T - 1.
     """
     _, branch, part, *rest = name.split(".")
     tail = ".".join(rest)
@@ -112,18 +114,19 @@ def _setting(config: dict[str, Any], name: str) -> Any:
     return config.get(name, config.get("text_config", {}).get(name))
 
 
-def vlm_config(source: Path, config: dict[str, Any], base: Path | None):
+def vlm_config(source: Path, config: dict[str, Any], base: Path | None) -> PreTrainedConfig:
     """The VLM's own configuration.
 
     Args:
-        source: for messages.
+        source: folder in the authors' format, for messages.
         config: the authors' config.json.
         base: folder of the plain VLM, if known.
 
     Raises:
         ConversionError: a family that is not supported.
     """
-    model_type = _MODEL_TYPES.get(config.get("model_type"), config.get("model_type"))
+    model_type = config.get("model_type")
+    model_type = _MODEL_TYPES.get(model_type, model_type) if isinstance(model_type, str) else None
     if model_type not in BACKBONES:
         raise ConversionError(f"{source}: model_type {model_type!r} is not one of {sorted(BACKBONES)}.")
 
@@ -142,7 +145,7 @@ def vlm_config(source: Path, config: dict[str, Any], base: Path | None):
     return AutoConfig.for_model(model_type, **fields)
 
 
-def _llava_config(flat: dict[str, Any], base: dict[str, Any]):
+def _llava_config(flat: dict[str, Any], base: dict[str, Any]) -> PreTrainedConfig:
     """LLaVA-1.5's original flat configuration (a LLaMA with `mm_*` keys) in transformers' form."""
     foreign = ("mm_", "image_", "vision_", "tune_", "model_type", "architectures")
     text = {key: value for key, value in flat.items() if not key.startswith(foreign) and not _OWN_KEYS.match(key)}
@@ -154,6 +157,54 @@ def _llava_config(flat: dict[str, Any], base: dict[str, Any]):
         image_token_id=base.get("image_token_index", base.get("image_token_id", _LLAVA_IMAGE_TOKEN)),
         vision_feature_layer=flat.get("mm_vision_select_layer", -2),
         tie_word_embeddings=flat.get("tie_word_embeddings", False),
+    )
+
+
+def _branch_size(source: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """K and T of the branches.
+
+    Raises:
+        ConversionError: the configuration names none.
+    """
+    layer, depth = _setting(config, "twig_K"), _setting(config, "twig_T")
+    if not layer or not depth:
+        raise ConversionError(
+            f"{source}/config.json has no twig_K and twig_T: this is not a Q-Zoom or SD-RPN checkpoint."
+        )
+    return layer, depth
+
+
+def _has_gate(source: Path, config: dict[str, Any], branch_names: set[str], size: tuple[int, int]) -> bool:
+    """Whether there is a gate; by its weights where the configuration does not say.
+
+    Raises:
+        ConversionError: the gate reads other layers than the region branch.
+    """
+    has_gate = _setting(config, "enable_high_res")
+    if has_gate is None:
+        has_gate = any(name.startswith("high_res_head.") for name in branch_names)
+    gate_size = _setting(config, "high_res_K"), _setting(config, "high_res_T")
+    if has_gate and any(given not in (None, own) for given, own in zip(gate_size, size, strict=True)):
+        raise ConversionError(
+            f"{source}: the gate has K={gate_size[0]}, T={gate_size[1]}, the region branch K={size[0]}, T={size[1]}; "
+            "branches that read different layers are not supported."
+        )
+    return bool(has_gate)
+
+
+def _coarse_budget(config: dict[str, Any], images: dict[str, Any], token_area: int) -> tuple[int, int]:
+    """Fewest and most tokens of the coarse view.
+
+    Args:
+        images: settings of the image processor.
+        token_area: pixels of a token.
+    """
+    size = images.get("size") or {}
+    low = config.get("min_pixels") or images.get("min_pixels") or size.get("shortest_edge")
+    high = config.get("max_pixels") or images.get("max_pixels") or size.get("longest_edge")
+    return (
+        max(1, -(-low // token_area)) if low else _FALLBACK_BUDGET[0],
+        max(1, high // token_area) if high else _FALLBACK_BUDGET[1],
     )
 
 
@@ -171,38 +222,21 @@ def qzoom_config(source: Path, branch_names: set[str], base: Path | None) -> QZo
     config = read_json(source, "config.json")
     if not config:
         raise ConversionError(f"{source} holds no config.json.")
-    layer, depth = _setting(config, "twig_K"), _setting(config, "twig_T")
-    if not layer or not depth:
-        raise ConversionError(
-            f"{source}/config.json has no twig_K and twig_T: this is not a Q-Zoom or SD-RPN checkpoint."
-        )
+    size = _branch_size(source, config)
     vlm = vlm_config(source, config, base)
-    spec, model_type = spec_for_config(vlm), vlm.model_type
-    has_gate = _setting(config, "enable_high_res")
-    if has_gate is None:
-        has_gate = any(name.startswith("high_res_head.") for name in branch_names)
-    gate_layer, gate_depth = _setting(config, "high_res_K"), _setting(config, "high_res_T")
-    if has_gate and (gate_layer not in (None, layer) or gate_depth not in (None, depth)):
-        raise ConversionError(
-            f"{source}: the gate has K={gate_layer}, T={gate_depth}, the region branch K={layer}, T={depth}; branches "
-            "that read different layers are not supported."
-        )
+    has_gate = _has_gate(source, config, branch_names, size)
     images = image_settings(source) or image_settings(base)
     # a combination that nobody has published borrows its family's thresholds
-    presets = PRESETS.get((model_type, bool(has_gate))) or PRESETS[model_type, not has_gate]
+    presets = PRESETS.get((vlm.model_type, has_gate)) or PRESETS[vlm.model_type, not has_gate]
     fields: dict[str, Any] = {"presets": presets}
     fields |= {key: value for key, value in presets["balanced"].items() if key.endswith("threshold")}
-    if spec.mrope:
+    if spec_for_config(vlm).mrope:
         fields["position_alignment"] = "continuous" if _setting(config, "reuse_src_pos") else "sequential"
-        size = images.get("size") or {}
-        low = config.get("min_pixels") or images.get("min_pixels") or size.get("shortest_edge")
-        high = config.get("max_pixels") or images.get("max_pixels") or size.get("longest_edge")
         area = token_grid_of(vlm).token_side ** 2
-        fields["min_tokens"] = max(1, -(-low // area)) if low else _FALLBACK_BUDGET[0]
-        fields["max_tokens"] = max(1, high // area) if high else _FALLBACK_BUDGET[1]
+        fields["min_tokens"], fields["max_tokens"] = _coarse_budget(config, images, area)
     for name in ("image_mean", "image_std"):
         fields[name] = images.get(name)  # QZoomConfig falls back to the family's
     try:
-        return QZoomConfig(vlm_config=vlm, branch_layer=layer, branch_depth=depth, has_gate=bool(has_gate), **fields)
+        return QZoomConfig(vlm_config=vlm, branch_layer=size[0], branch_depth=size[1], has_gate=has_gate, **fields)
     except ValueError as error:
         raise ConversionError(f"{source}: {error}") from error

@@ -1,1 +1,1 @@
-"""The folder of a Hub repository: files, code, weights."""
+"""The folder of a Hub repository: its files, code, weights and processor."""

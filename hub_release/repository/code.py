@@ -1,4 +1,4 @@
-"""The code that a repository of the Hub needs to load its model."""
+"""The code that a repository of the Hub needs to load its model. Standard library only."""
 
 import ast
 from collections.abc import Iterator
@@ -33,23 +33,23 @@ def code_files(folder: Path) -> tuple[list[Path], list[str]]:
     Raises:
         BuildError: a file that cannot be parsed or imports in another way.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     missing: set[str] = set()
     pending = list(CODE_ROOTS)
     while pending:
         name = pending.pop()
         path = folder / f"{name}.py"
-        if name in found or name in missing:
+        if name in files or name in missing:
             continue
         if not path.is_file():
             missing.add(name)
             continue
-        found[name] = path
+        files[name] = path
         try:
             pending += relative_imports(path.read_text(encoding="utf-8"), name)
         except (SyntaxError, UnicodeDecodeError) as error:
             raise BuildError(f"{name}.py cannot be parsed: {error}") from error
-    return [found[name] for name in sorted(found)], sorted(f"{name}.py" for name in missing)
+    return [files[name] for name in sorted(files)], sorted(f"{name}.py" for name in missing)
 
 
 def published_files(package: Path = PACKAGE) -> list[Path]:

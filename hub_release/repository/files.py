@@ -1,4 +1,4 @@
-"""What a published folder consists of, read without loading it: files, code, tensors. Standard library only."""
+"""What files a published folder consists of, and what they are called. Standard library only."""
 
 import json
 import re
@@ -22,11 +22,11 @@ AUTO_MAPS: dict[str, dict[str, str]] = {
     "processor_config.json": {"AutoProcessor": "processing_qzoom.QZoomProcessor"},
 }
 LICENCE_FILES = ("LICENSE", "NOTICE")
+# what the names of the base model's licence files begin with
 BASE_LICENCE = "BASE_"
-"""What the names of the base model's licence files begin with."""
+# folder of what was measured with a checkpoint, one JSON file of each kind
 EVALUATION = "evaluation"
-"""Folder of the figures that the card states."""
-FIGURE_KINDS = ("figures", "shifted", "seeds", "times")
+FIGURE_KINDS = ("figures", "shifted", "seeds", "times", "ablations")
 REQUIRED = (
     "README.md",
     "config.json",
@@ -88,8 +88,8 @@ def is_repository(name: str | None) -> bool:
 
 def files_of(folder: Path) -> list[str]:
     """Paths of all files inside a folder, links included, sorted, with forward slashes."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def package_version(package: Path = PACKAGE) -> str:

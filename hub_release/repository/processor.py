@@ -20,6 +20,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 
 
 def copy_matching(folder: Path, patterns: tuple[str, ...], target: Path) -> list[str]:
+    """Copies a folder's files whose names match one of the patterns, and returns their names."""
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     for file in files:
         shutil.copy(file, target / file.name)

@@ -1,4 +1,4 @@
-"""What a repository's weight files hold, read from their headers."""
+"""What a repository's weight files hold, read from their headers. Standard library only."""
 
 import json
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ _ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 class StoredTensor:
     """One tensor's entry in a safetensors file.
 
-    Args:
-        dtype: As the file names it, e.g. "BF16".
-        file: Name of the file.
+    Attributes:
+        dtype: name of the type in the file, e.g. "BF16".
+        shape: shape of the tensor.
+        file: name of the file.
     """
 
     dtype: str

@@ -1,27 +1,21 @@
-"""What `build.py` needs the library for: other forms of a checkpoint's weights, and a processor around a tokenizer."""
+"""Other forms of a checkpoint's weights, and a processor around a tokenizer: what `build.py` needs the library for."""
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import BitsAndBytesConfig
 
-_HERE = Path(__file__).resolve().parent
-# convert_official.py is a script, which finds its neighbour by this path
-sys.path[:0] = [path for path in (str(_HERE.parent), str(_HERE)) if path not in sys.path]
-
-import torch  # noqa: E402
-from transformers import BitsAndBytesConfig  # noqa: E402
-
-from hub_release.official.format import image_settings  # noqa: E402
-from hub_release.repository.errors import BuildError  # noqa: E402
-from hub_release.repository.files import read_json  # noqa: E402
-from hub_release.repository.processor import build_processor  # noqa: E402
-from hub_release.repository.tensors import stored_tensors, variant_of  # noqa: E402
-from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration  # noqa: E402
-from modeling_qzoom.backbones_qzoom import token_grid_of  # noqa: E402
+from hub_release.official.format import image_settings
+from hub_release.repository.errors import BuildError
+from hub_release.repository.files import read_json
+from hub_release.repository.processor import build_processor
+from hub_release.repository.tensors import stored_tensors, variant_of
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom.backbones_qzoom import token_grid_of
 
 
 def four_bit_recipe(config: QZoomConfig) -> BitsAndBytesConfig:
@@ -54,15 +48,15 @@ def write_variant(
     """Writes the checkpoint's weights and configurations in another form.
 
     Args:
-        checkpoint: Full checkpoint or add-on.
-        folder: To write to.
+        checkpoint: full checkpoint or add-on.
+        folder: folder to write to.
         variant: "full", "addon" or "4bit".
-        base: Name of the plain VLM; for an add-on, as its users reach it.
-        base_folder: Where the plain VLM is on this machine, if not under its name.
-        max_shard_size: Size of the largest file, e.g. "5GB"; transformers' default if None.
+        base: name of the plain VLM; for an add-on, as its users reach it.
+        base_folder: where the plain VLM is on this machine, if not under its name.
+        max_shard_size: size of the largest file, e.g. "5GB"; transformers' default if None.
 
     Raises:
-        BuildError: The checkpoint is quantized already, or the library refuses; the message says why.
+        BuildError: the checkpoint is quantized already, or the library refuses; the message says why.
     """
     is_addon = variant_of({}, stored_tensors(checkpoint)) == "addon"
     if read_json(checkpoint / "config.json").get("quantization_config") and not is_addon and variant != "full":
@@ -105,10 +99,10 @@ def write_processor(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     """Writes the processor that a checkpoint without a tokenizer lacks.
 
     Args:
-        tokenizer: Folder with the VLM's tokenizer and chat template, and perhaps its image settings.
+        tokenizer: folder with the VLM's tokenizer and chat template, and perhaps its image settings.
 
     Raises:
-        BuildError: The tokenizer is missing, has no chat template, or is another model's.
+        BuildError: the tokenizer is missing, has no chat template, or is another model's.
     """
     config = QZoomConfig.from_pretrained(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hub_release.checks.clean_environment import disagreements, make_environment, probe
+from hub_release.repository.files import EVALUATION, FIGURE_KINDS
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +88,9 @@ def test_own_image_and_bad_input(demo, monkeypatch, tmp_path, capsys):
 
 def test_committed_checkpoint_is_data_only():
     """Small, bf16, and wide enough for 4-bit kernels on the CPU."""
-    files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir()}
-    assert set(files) == DATA_FILES
+    paths = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    files = {path.relative_to(CHECKPOINT).as_posix(): path.stat().st_size for path in paths}
+    assert set(files) == DATA_FILES | {f"{EVALUATION}/{kind}.json" for kind in FIGURE_KINDS}
     assert sum(files.values()) <= 8_000_000
     config = json.loads((CHECKPOINT / "config.json").read_text())
     text, vision = config["vlm_config"]["text_config"], config["vlm_config"]["vision_config"]

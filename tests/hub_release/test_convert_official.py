@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor
 
+from hub_release.convert_official import convert, main
+from hub_release.official.format import ConversionError
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 from tests.families import FAMILY
 from tests.processing_fixtures import LLAVA_ARGUMENTS, chat, noise, process
 from tests.tiny import Row, llava_tokenizer, make_inputs, qwen_tokenizer, tiny_model, vlm_config
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "hub_release"))
-
-from hub_release.convert_official import convert, main  # noqa: E402
-from hub_release.official.format import ConversionError  # noqa: E402
 
 
 DEPTH = 2

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 
 from hub_release import push as push_module
-from hub_release.card.card import read_card, repository_of
+from hub_release.card.parts import read_card, repository_of
 from hub_release.push import PushError, main, plan, push
 from hub_release.repository.files import files_of
 from tests.release_fixtures import published_folder

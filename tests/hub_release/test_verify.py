@@ -17,7 +17,7 @@ from hub_release.build import build
 from hub_release.checks.folder import check_folder
 from hub_release.repository.code import published_files
 from hub_release.repository.files import AUTO_MAPS, package_version
-from hub_release.verify import needed_packages, verify
+from hub_release.verify import judge, needed_packages, verify
 from modeling_qzoom import QZoomForConditionalGeneration
 from tests.loading_fixtures import attach, edit_weights, plain_folder
 from tests.lora_support import needs_lora
@@ -28,6 +28,7 @@ from tests.release_fixtures import (
     data_folder,
     golden_tokenizer,
     published_folder,
+    write_figures,
 )
 
 
@@ -131,6 +132,14 @@ WRONG = {
     "absolute import": (
         add_line("zoom_crops_qzoom.py", "\n\ndef f():\n    from modeling_qzoom.zoom_regions_qzoom import Box\n"),
         r"zoom_crops_qzoom\.py, line \d+: absolute import of modeling_qzoom",
+    ),
+    "annotations as text": (
+        replace("zoom_crops_qzoom.py", "import math\n", "from __future__ import annotations\nimport math\n"),
+        r"zoom_crops_qzoom\.py, line \d+: .* __future__ import",
+    ),
+    "import text in a string": (
+        add_line("zoom_crops_qzoom.py", '\nEXAMPLE = """\nfrom .nowhere_qzoom import x\n"""\n'),
+        r"zoom_crops_qzoom\.py, line \d+: text in a string that transformers takes for an import",
     ),
     "optional import": (add_line("zoom_crops_qzoom.py", "\nimport peft\n"), "peft is imported at the top"),
     "import of a folder": (
@@ -274,7 +283,7 @@ def test_figures_of_another_calibration(tmp_path):
     """The card agrees with the figures, but they were measured with another threshold."""
     data = data_folder("qwen2_5_vl", tmp_path / "data")
     conditions = {"command": "measure", "gate_threshold": 0.4, "effort": None}
-    (tmp_path / "data-figures.json").write_text(json.dumps({"summary": {"a": 0.5}, "conditions": conditions}))
+    write_figures(data, figures={"summary": {"a": 0.5}, "conditions": conditions})
     found = findings(build(data, tmp_path / "built", licence="mit"))
     assert len(found) == 1 and "measured with gate_threshold 0.4, the checkpoint has 0.1" in found[0]
 
@@ -404,7 +413,7 @@ def test_what_a_clean_process_reports_is_judged(published):
         ({"code": code[1:]}, "other code files"),
         ({"auto_map": {}}, "another auto_map"),
     ):
-        found = verify_module._wrong_in({**right, **change}, published)
+        found = judge({**right, **change}, published)
         assert found == [] if said is None else len(found) == 1 and said in found[0]
 
 

@@ -1,25 +1,19 @@
 """Parity with the authors' code, from their checkpoint format to generated tokens."""
 
-import sys
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from hub_release.convert_official import convert
 from modeling_qzoom import QZoomForConditionalGeneration, zoom_decisions_qzoom, zoom_second_pass_qzoom
 from modeling_qzoom.prompt_qzoom import marker_ids
 from modeling_qzoom.zoom_crops_qzoom import Crop, crop_recipe, cut_crop
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 from modeling_qzoom.zoom_regions_qzoom import foreground_box, no_artifacts, region_heatmap
 from tests.golden import CASES, GoldenCase, load_case
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "hub_release"))
-
-from hub_release.convert_official import convert  # noqa: E402
 
 
 TOLERANCE = 1e-4

@@ -1,1 +1,1 @@
-"""The demo's vision-language model, trained from scratch on drawn pages."""
+"""The demo's backbone: its model, its tokenizer, and how both are trained on drawn pages."""

@@ -1,147 +1,134 @@
-"""Dense labels for the demo's vision tower: digit, colour, shape, word and code under each patch and token."""
+"""Dense labels of a view, known from the drawing: digit, colour, shape, word and code under each patch and token."""
 
-from dataclasses import dataclass
-from typing import Any
-
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
-from transformers import PreTrainedTokenizerFast
-from transformers.vision_utils import get_vision_position_ids
+from torch import Tensor
 
-from hub_release.demo.backbone.fast_tower import padded_slots, padded_width
-from hub_release.demo.backbone.views import IGNORE, MERGE, NO_DIGIT, NO_OBJECT, NO_WORD, View, normalise
-from modeling_qzoom.data.drawn.pages import CODE_LENGTH, COLORS, SHAPES, WORDS
+from hub_release.demo.backbone.model import MERGE, PATCH, TOKEN
+from modeling_qzoom.data.drawn.pages import CODE_LENGTH, COLORS, SHAPES, WORDS, Box, Entry, Page
+from modeling_qzoom.training_losses_qzoom import IGNORED
 
 
-EMPTY = {"digit": NO_DIGIT, "color": NO_OBJECT, "shape": NO_OBJECT, "word": NO_WORD}
-EMPTY_WEIGHT = 0.15
-"""Most places are empty: at full weight "nothing here" drowns what the tower has to learn."""
+# below this width in a view a digit counts as illegible and carries no label
+MIN_DIGIT_PIXELS = 7.5
+# the same for the letters of label words, which are few
+MIN_LETTER_PIXELS = 5.0
+# the label of places where there is nothing of the sort
+NOTHING = {"digit": 10, "color": len(COLORS), "shape": len(SHAPES), "word": len(WORDS)}
+# (x0, y0, x1, y1) in pixels of a page or a view, end exclusive
+Rectangle = tuple[float, float, float, float]
 
 
-class DenseHeads(nn.Module):
-    """Probes on the tower, thrown away after training.
-
-    Colours, shapes and label words are told by the decoder's own embeddings of these words, as a captioner would be
-    trained: so a question's words and what they name come to lie close together, and searching is soon learned.
-
-    Args:
-        patch_size: Width of the patch features.
-        token_size: Width of the merged tokens and of the embeddings.
-        words: Per sort of label the token ids of its words, (words, spellings).
-    """
-
-    def __init__(self, patch_size: int, token_size: int, words: dict[str, list[list[int]]]) -> None:
-        super().__init__()
-        self.digit = nn.Linear(patch_size, NO_DIGIT + 1)
-        self.code = nn.Linear(token_size, 10 * CODE_LENGTH)
-        self.words = words
-        self.scale = nn.ParameterDict({name: nn.Parameter(torch.ones(())) for name in words})
-        # one row more than there are words: nothing of the sort
-        self.nothing = nn.ParameterDict({name: nn.Parameter(torch.zeros(token_size)) for name in words})
-        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(len(ids) + 1)) for name, ids in words.items()})
-
-    def forward(self, tokens: Tensor, patches: Tensor, embedding: Tensor) -> dict[str, Tensor]:
-        """Logits by name.
-
-        Args:
-            tokens: (tokens, D).
-            patches: (4 * tokens, d).
-            embedding: (vocabulary, D) of the decoder.
-        """
-        tokens, patches = tokens.float(), patches.float()
-        logits = {"digit": self.digit(patches), "code": self.code(tokens).view(-1, 10)}
-        for name, ids in self.words.items():
-            rows = embedding[torch.tensor(ids)].float().mean(1)  # (words, D)
-            rows = torch.cat([rows, self.nothing[name][None]])
-            logits[name] = self.scale[name] * linear(tokens, rows) + self.bias[name]
-        return logits
+def _overlap(centres: np.ndarray, size: float, lo: float, hi: float) -> np.ndarray:
+    """Share of each interval (centre, size) that lies inside [lo, hi]."""
+    return np.clip(np.minimum(centres + size / 2, hi) - np.maximum(centres - size / 2, lo), 0, None) / size
 
 
-def label_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]]:
-    """Token ids of every label, in a sentence and alone; each spelling is one token."""
-    found = {}
-    for name, labels in {"color": COLORS, "shape": SHAPES, "word": WORDS}.items():
-        found[name] = [tokenizer.encode(" " + label)[:1] + tokenizer.encode(label)[:1] for label in labels]
-    return found
-
-
-@dataclass
-class ViewBatch:
-    """What the tower needs of several views, as few tensors that travel cheaply between processes.
+class _DrawnLabels:
+    """Dense labels of one view while they are filled in.
 
     Args:
-        patches: (4 * tokens, 588) uint8.
-        grids: (views, 3), t, h, w in patches; stays on the CPU.
-        positions: (4 * tokens, 2) row and column of every patch.
-        slots: (4 * tokens,) place of every patch where views are padded to a common width.
-        labels: Dense labels by name, as in `View`, of all views one after the other.
+        box: the view's rectangle in page pixels.
+        grid: merged grid (h, w).
     """
 
-    patches: Tensor
-    grids: Tensor
-    positions: Tensor
-    slots: Tensor
-    labels: dict[str, Tensor]
+    def __init__(self, box: Rectangle, grid: tuple[int, int]) -> None:
+        h, w = grid
+        self.left, self.top = box[0], box[1]
+        self.width, self.height = w * TOKEN, h * TOKEN
+        self.sx, self.sy = self.width / (box[2] - box[0]), self.height / (box[3] - box[1])
+        self.color, self.shape = np.full((h, w), NOTHING["color"]), np.full((h, w), NOTHING["shape"])
+        self.word = np.full((h, w), NOTHING["word"])
+        self.code = np.full((h, w, CODE_LENGTH), IGNORED)
+        self.digit = np.full((MERGE * h, MERGE * w), NOTHING["digit"])
 
-    def to(self, device: torch.device) -> "ViewBatch":
-        """The same on a device."""
-        labels = {name: value.to(device) for name, value in self.labels.items()}
-        patches, positions, slots = (part.to(device) for part in (self.patches, self.positions, self.slots))
-        return ViewBatch(patches, self.grids, positions, slots, labels)
+    def project(self, b: Box) -> Rectangle:
+        """A box of page pixels in pixels of the view."""
+        left, top = self.left, self.top
+        return (b[0] - left) * self.sx, (b[1] - top) * self.sy, (b[2] - left) * self.sx, (b[3] - top) * self.sy
 
-    def layout(self) -> dict[str, Any]:
-        """What the tower would work out from the grids, view by view, and what attention side by side needs."""
-        lengths = self.grids.prod(1)
-        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-        width = padded_width(lengths.tolist())
-        seen = torch.zeros(len(lengths) * width, dtype=torch.bool, device=self.slots.device)
-        return {
-            "position_ids": self.positions,
-            "cu_seqlens": ends,
-            # a window holds any view of the demo, so patches stay in reading order
-            "window_index": torch.arange(int(ends[-1]) // MERGE**2, device=self.slots.device),
-            "cu_window_seqlens": ends,
-            "slots": self.slots,
-            "seen": seen.index_fill(0, self.slots, True).view(-1, width),
-        }
+    def cover(self, b: Rectangle, step: int) -> np.ndarray:
+        """Share of each square of `step` pixels that lies inside a projected box."""
+        ys = (np.arange(self.height // step) + 0.5) * step
+        xs = (np.arange(self.width // step) + 0.5) * step
+        return np.outer(_overlap(ys, step, b[1], b[3]), _overlap(xs, step, b[0], b[2]))
+
+    def visible(self, b: Box) -> bool:
+        """Whether a box of page pixels lies inside the view."""
+        x0, y0, x1, y1 = self.project(b)
+        return x0 >= -1 and y0 >= -1 and x1 <= self.width + 1 and y1 <= self.height + 1
+
+    def add_bar(self, bar: tuple[Box, str]) -> None:
+        """Colour of a bar."""
+        share = self.cover(self.project(bar[0]), TOKEN)
+        self.color[share > 0.02] = np.where(share[share > 0.02] > 0.3, list(COLORS).index(bar[1]), IGNORED)
+
+    def add_mark(self, entry: Entry) -> bool:
+        """Labels of an entry's shape or word; whether it can be recognised."""
+        outline = self.project(entry.mark)
+        share = self.cover(outline, TOKEN)
+        area = (outline[2] - outline[0]) * (outline[3] - outline[1])
+        whole = share.sum() * TOKEN**2 / area > (0.7 if entry.word is None else 0.95)
+        if not share.any():
+            return False
+        if entry.word is not None:
+            clear = whole and (outline[2] - outline[0]) / len(entry.word) >= MIN_LETTER_PIXELS
+            self.word[share > 0.02] = IGNORED
+            if clear:
+                self.word[share > 0.12] = WORDS.index(entry.word)
+            return clear
+        inner = (
+            outline[0] * 0.8 + outline[2] * 0.2, outline[1] * 0.8 + outline[3] * 0.2,
+            outline[0] * 0.2 + outline[2] * 0.8, outline[1] * 0.2 + outline[3] * 0.8,
+        )  # fmt: skip
+        sure = (self.cover(inner, TOKEN) > 0.4) | (self.cover(self.project(entry.code_box), TOKEN) > 0.12)
+        self.color[(share > 0.02) & ~sure] = self.shape[(share > 0.02) & ~sure] = IGNORED
+        assert entry.color is not None and entry.shape is not None  # a scene's entries have both
+        self.color[sure] = list(COLORS).index(entry.color) if whole else IGNORED
+        self.shape[sure] = SHAPES.index(entry.shape) if whole else IGNORED
+        return whole
+
+    def add_code(self, entry: Entry) -> bool:
+        """Labels of an entry's code; whether all of it can be read."""
+        legible = entry.digit_width * min(self.sx, self.sy) >= MIN_DIGIT_PIXELS
+        for place, glyph in enumerate(entry.digit_boxes):
+            at = self.cover(self.project(glyph), PATCH)
+            value = int(entry.code[place]) if legible else IGNORED
+            self.digit[at > 0.02] = np.where(at[at > 0.02] > 0.3, value, IGNORED)
+        readable = legible and self.visible(entry.code_box)
+        if readable:
+            plate = self.cover(self.project(entry.code_box), TOKEN) > 0.12
+            self.code[plate] = [int(d) for d in entry.code]
+        return readable
 
 
-def stack_views(views: list[View]) -> ViewBatch:
-    """Views in the order of their image tokens."""
-    grids = torch.tensor([[1, MERGE * view.grid[0], MERGE * view.grid[1]] for view in views])
-    return ViewBatch(
-        torch.cat([view.patches for view in views]),
-        grids,
-        get_vision_position_ids(grids, MERGE),
-        padded_slots(grids.prod(1).tolist()),
-        {name: torch.cat([getattr(view, name) for view in views]) for name in (*EMPTY, "code")},
-    )
+def label_view(page: Page, box: Rectangle, grid: tuple[int, int]) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """Labels of a rectangle of a page that is seen as a grid of merged tokens.
 
+    Args:
+        box: the rectangle in page pixels.
+        grid: merged grid (h, w).
 
-def encode(tower: nn.Module, views: ViewBatch) -> tuple[Tensor, Tensor]:
-    """Merged tokens (tokens, D) in reading order, and patch features (4 * tokens, d) in the processor's order.
-
-    The tower has to be under `fast_tower`.
+    Returns:
+        The labels by name, and the indices of the page's entries whose mark and code can both be read:
+        "digit", (4 * h * w,) in the order of the patches; "color" of the shape or bar, "shape" and "word", (h * w,);
+        "code", (h * w, 3), all of the code for each token that touches it. `IGNORED` where nothing can be said,
+        `NOTHING` where there is nothing of the sort.
     """
-    out = tower(normalise(views.patches), views.grids, **views.layout())
-    return out.pooler_output, out.last_hidden_state
-
-
-def dense_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the probes' cross-entropies, and each probe's accuracy on labelled places, not a number
-    where there are none."""
-    total, accuracy = next(iter(logits.values())).new_zeros(()), {}
-    for name, value in logits.items():
-        wanted = labels[name].reshape(-1)
-        skip = EMPTY.get(name, IGNORE)
-        weight = value.new_ones(value.shape[-1])
-        if name in EMPTY:
-            weight[skip] = EMPTY_WEIGHT
-        share = weight[wanted.clamp(min=0)].masked_fill(wanted == IGNORE, 0).sum()
-        loss = cross_entropy(value, wanted, weight=weight, ignore_index=IGNORE, reduction="sum")
-        total = total + loss / share.clamp(min=EMPTY_WEIGHT)  # nothing is labelled: zero, not 0 / 0
-        seen = (wanted != IGNORE) & (wanted != skip)
-        accuracy[name] = ((value.argmax(-1) == wanted) & seen).sum() / seen.sum()
-    # one transfer for all of them: a GPU waits for each
-    return total, dict(zip(accuracy, torch.stack(list(accuracy.values())).tolist(), strict=True))
+    h, w = grid
+    drawn = _DrawnLabels(box, grid)
+    if page.bar is not None:
+        drawn.add_bar(page.bar)
+    legible = []
+    for index, entry in enumerate(page.entries):
+        marked = drawn.add_mark(entry)
+        if drawn.add_code(entry) and marked:
+            legible.append(index)
+    labels = {
+        "digit": drawn.digit.reshape(h, MERGE, w, MERGE).transpose(0, 2, 1, 3).reshape(-1),
+        "color": drawn.color.reshape(-1),
+        "shape": drawn.shape.reshape(-1),
+        "word": drawn.word.reshape(-1),
+        "code": drawn.code.reshape(-1, CODE_LENGTH),
+    }
+    return {name: torch.from_numpy(values) for name, values in labels.items()}, tuple(legible)

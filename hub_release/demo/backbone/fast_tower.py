@@ -62,10 +62,10 @@ class SideBySideAttention(Qwen2_5_VLVisionAttention):
 
 @contextmanager
 def fast_tower(tower: Any, side_by_side: bool | None = None) -> Iterator[None]:
-    """Within it the tower takes one temporal copy of its patches, and what `tower.encode` passes beside them.
+    """Within it the tower takes one temporal copy of its patches, and what `view_batch.encode` passes beside them.
 
     Args:
-        side_by_side: Attend to all views at once; by default on a GPU. On a CPU padding costs more than it saves.
+        side_by_side: attend to all views at once; by default on a GPU. On a CPU padding costs more than it saves.
     """
     swapped: list[tuple[nn.Module, type]] = [(tower.patch_embed, FlatPatchEmbed)]
     if tower.patch_embed.proj.weight.is_cuda if side_by_side is None else side_by_side:

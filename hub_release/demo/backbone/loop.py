@@ -20,7 +20,7 @@ Step = Callable[[Any], tuple[Tensor, dict[str, float]]]
 
 
 def save_state(module: nn.Module, path: Path, step: int = 0) -> None:
-    """Write a module's weights and the step they belong to; a reader never sees half a file."""
+    """Writes a module's weights and the step that they belong to; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     # clones, because tied weights share memory, which the format refuses
@@ -30,7 +30,7 @@ def save_state(module: nn.Module, path: Path, step: int = 0) -> None:
 
 
 def load_state(module: nn.Module, path: Path) -> None:
-    """Read weights written by `save_state`."""
+    """Reads weights that `save_state` wrote."""
     module.load_state_dict(load_file(path))
 
 
@@ -46,6 +46,29 @@ def rate(done: float, step: int, warm: int, decay: float) -> float:
     return min(1.0, (step + 1) / warm) * max(0.03, tail)
 
 
+def _set_rates(optimizers: list[torch.optim.Optimizer], peaks: list[list[float]], share: float) -> None:
+    """Sets every rate to a share of its peak."""
+    for optimizer, values in zip(optimizers, peaks, strict=True):
+        for group, value in zip(optimizer.param_groups, values, strict=True):
+            group["lr"] = value * share
+
+
+class _RunningMeans:
+    """Measures of the last steps, averaged."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add(self, measures: dict[str, float]) -> None:
+        """Takes the measures of a step; one without a case in it is not a number, and changes nothing."""
+        for name, value in measures.items():
+            if value == value:
+                self.values[name] = 0.95 * self.values.get(name, value) + 0.05 * value
+
+    def __str__(self) -> str:
+        return " ".join(f"{name} {value:.3f}" for name, value in sorted(self.values.items()))
+
+
 def fit(
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
@@ -55,17 +78,17 @@ def fit(
     decay: float = 0.5,
     warm: int = 50,
 ) -> None:
-    """Train a module and leave its weights at `path`; an interrupted run resumes at its last saved step.
+    """Trains a module and leaves its weights at `path`; an interrupted run resumes at its last saved step.
 
     Args:
-        optimizers: Their rates at the start are the peak rates.
-        steps: The data of every step by its number, so that a resumed run sees what it would have seen.
-        step_loss: From a step's data to a loss and measures in [0, 1], which are logged as running means.
-        decay: Share of the steps over which the rate falls to nearly nothing; 0 keeps it.
+        optimizers: their rates at the start are the peak rates.
+        steps: the data of every step by its number, so that a resumed run sees what it would have seen.
+        step_loss: turns a step's data into a loss and measures in [0, 1], which are logged as running means.
+        decay: share of the steps over which the rate falls to nearly nothing; 0 keeps it.
     """
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    means: dict[str, float] = {}
+    means = _RunningMeans()
     began = time.monotonic()
     running = path.with_name(path.stem + "-running.safetensors")
     first = 0
@@ -79,10 +102,7 @@ def fit(
     loader = DataLoader(steps, batch_size=None, sampler=range(first, count), num_workers=workers, prefetch_factor=4)
     for step, data in enumerate(loader, start=first):
         # the optimisers start anew after an interruption, so they warm up again
-        share = rate(step / count, step - first, warm, decay)
-        for optimizer, values in zip(optimizers, peaks, strict=True):
-            for group, value in zip(optimizer.param_groups, values, strict=True):
-                group["lr"] = value * share
+        _set_rates(optimizers, peaks, rate(step / count, step - first, warm, decay))
         loss, measures = step_loss(data)
         measures["loss"] = loss.item()
         loss.backward()
@@ -90,12 +110,9 @@ def fit(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for name, value in measures.items():
-            if value == value:  # a measure without a case in this batch is not a number
-                means[name] = 0.95 * means.get(name, value) + 0.05 * value
+        means.add(measures)
         if step % 20 == 19:
-            shown = " ".join(f"{name} {value:.3f}" for name, value in sorted(means.items()))
-            logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, count, time.monotonic() - began, shown)
+            logger.info("%s step %d/%d %.0fs %s", path.stem, step + 1, count, time.monotonic() - began, means)
         if step % 100 == 99:
             save_state(module, running, step + 1)
     save_state(module, path, count)

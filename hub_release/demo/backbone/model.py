@@ -1,8 +1,15 @@
-"""The demo's backbone: stock Qwen2.5-VL classes at a few million weights, and its optimiser."""
+"""The demo's backbone: stock Qwen2.5-VL classes at a few million weights, and how it takes its images."""
 
 import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+
+# a merged token is TOKEN pixels a side and consists of MERGE x MERGE patches; an image counts as TEMPORAL_PATCH frames
+PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
+TOKEN = PATCH * MERGE
+# pages are mostly pale paper; centring on it keeps the first layer well conditioned
+IMAGE_MEAN, IMAGE_STD = 0.85, 0.3
 
 
 def demo_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLConfig:
@@ -28,6 +35,9 @@ def demo_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLConfig:
             "intermediate_size": 256,
             "num_heads": 2,
             "out_hidden_size": 192,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL_PATCH,
             "fullatt_block_indexes": [0, 1, 2, 3],
             # one window over any image: patches stay in reading order, which the dense labels rely on
             "window_size": 1792,
@@ -49,32 +59,3 @@ def build_backbone(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForCond
         if weight.ndim == 2 and "embed_tokens" not in name:
             nn.init.normal_(weight, std=(1.0 / weight.shape[1]) ** 0.5 * 0.8)
     return model
-
-
-def build_optimizers(module: nn.Module, lr: float, tower_share: float = 1.0) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, probes, norms and biases.
-
-    Args:
-        lr: Peak rate.
-        tower_share: Share of the rate that the vision tower gets.
-    """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, weight in module.named_parameters():
-        if weight.requires_grad:
-            hidden = weight.ndim == 2 and "embed" not in name and "heads." not in name
-            kind = "matrices" if hidden else "pixels" if weight.ndim > 2 else "others"
-            groups.setdefault((kind, "visual." in name), []).append(weight)
-
-    def entries(kinds: tuple[str, ...]) -> list[dict]:
-        found = []
-        for (kind, in_tower), weights in groups.items():
-            if kind in kinds:
-                # 1176 correlated pixels enter each patch feature: at the others' rate its mean jumps at every step
-                share = (tower_share if in_tower else 1.0) * (0.125 if kind == "pixels" else 1.0)
-                found.append({"params": weights, "lr": lr * share})
-        return found
-
-    return [
-        torch.optim.Muon(entries(("matrices",)), momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(entries(("others", "pixels")), betas=(0.9, 0.98), weight_decay=0.0),
-    ]

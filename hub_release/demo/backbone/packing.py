@@ -11,14 +11,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from hub_release.demo.backbone.dense_labels import ViewBatch, stack_views
-from hub_release.demo.backbone.views import IGNORE, View
+from hub_release.demo.backbone.view_batch import ViewBatch, stack_views
+from hub_release.demo.backbone.views import View
 from modeling_qzoom.data.drawn.pages import Box, Question
+from modeling_qzoom.training_losses_qzoom import IGNORED
+from modeling_qzoom.zoom_fusion_qzoom import crop_positions
 
 
 @dataclass
 class Segment:
-    """One question, with the crop it may look at; its box in coarse cells is None for sequential positions."""
+    """One question, and the crop that it may look at.
+
+    Attributes:
+        question: the question, with its answer.
+        crop: view of the crop, None without one.
+        cells: the crop's rectangle in cells of the page's grid; None places the crop after the page.
+    """
 
     question: Question
     crop: View | None = None
@@ -27,7 +35,7 @@ class Segment:
 
 @dataclass
 class Sample:
-    """A view of a page, the segments that ask about it, and the name that its measures go under."""
+    """A view of a page, the segments that ask about it, and the name under which its measures are logged."""
 
     view: View
     segments: list[Segment] = field(default_factory=list)
@@ -38,13 +46,13 @@ class Sample:
 class Batch:
     """Packed samples, padded on the right.
 
-    Args:
+    Attributes:
         input_ids: (B, n).
         positions: (3, B, n) float32.
-        labels: (B, n), the token to predict at each place, -100 elsewhere.
         segment: (B, n), 0 for the page and from 1 on for the segments, -1 for padding.
-        views: Every view in order of its image tokens.
-        kinds: Per sample and segment the question's kind, with "+crop" where it has one, behind the sample's name.
+        labels: (B, n), the token to predict at each place, -100 elsewhere.
+        views: every view in order of its image tokens.
+        kinds: for each sample and segment the sample's name and the question's kind, with "+crop" where it has one.
     """
 
     input_ids: torch.Tensor
@@ -70,25 +78,21 @@ class Batch:
         return mask[:, None]
 
 
-def _image_positions(view: View, start: int) -> torch.Tensor:
-    """Positions (3, h * w) of a page's tokens."""
-    h, w = view.grid
-    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([torch.zeros(h * w), rows.reshape(-1), cols.reshape(-1)]) + start
+def _image_positions(grid: tuple[int, int], start: int) -> torch.Tensor:
+    """Positions (3, h * w) of a whole page's tokens: those of any image in its place."""
+    return crop_positions(start, start, (0, 0, grid[1], grid[0]), grid, "sequential")
 
 
-def _crop_positions(view: View, cells: Box | None, first: int, page_start: int) -> torch.Tensor:
+def _crop_positions(grid: tuple[int, int], cells: Box | None, first: int, page_start: int) -> torch.Tensor:
     """Positions (3, h * w + 2) of a crop between its markers, which starts at position `first`.
 
     Continuous ones inside `cells`; those of a second image where `cells` is None.
     """
-    h, w = view.grid
     if cells is None:
-        cells, page_start = (0, 0, w, h), first + 1
-    rows = torch.linspace(page_start + cells[1], page_start + cells[3] - 1, h)
-    cols = torch.linspace(page_start + cells[0], page_start + cells[2] - 1, w)
-    inner = torch.stack([torch.full((h * w,), first + 1.0), rows.repeat_interleave(w), cols.repeat(h)])
-    last = first + 1 + max(h, w)
+        inner = _image_positions(grid, first + 1)
+    else:
+        inner = crop_positions(first + 1, page_start, cells, grid, "continuous")
+    last = first + 1 + max(grid)
     return torch.cat([torch.full((3, 1), float(first)), inner, torch.full((3, 1), float(last))], dim=1)
 
 
@@ -96,7 +100,7 @@ class Packer:
     """Turns samples into a batch.
 
     Args:
-        tokenizer: The demo's tokenizer.
+        tokenizer: the demo's tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -120,22 +124,22 @@ class Packer:
         page_start = len(self.head) + 1
         after = page_start + max(sample.view.grid)
         lead = torch.arange(page_start).expand(3, -1)
-        positions = [lead, _image_positions(sample.view, page_start), torch.full((3, 1), after)]
-        labels, segment, views = [IGNORE] * len(ids), [0] * len(ids), [sample.view]
+        positions = [lead, _image_positions(sample.view.grid, page_start), torch.full((3, 1), after)]
+        labels, segment, views = [IGNORED] * len(ids), [0] * len(ids), [sample.view]
         for number, part in enumerate(sample.segments, start=1):
             first = after + 1
             if part.crop is not None:
                 count = part.crop.grid[0] * part.crop.grid[1]
                 ids += [self.start, *[self.pad] * count, self.end]
-                labels += [IGNORE] * (count + 2)
+                labels += [IGNORED] * (count + 2)
                 segment += [number] * (count + 2)
-                positions.append(_crop_positions(part.crop, part.cells, first, page_start))
+                positions.append(_crop_positions(part.crop.grid, part.cells, first, page_start))
                 views.append(part.crop)
                 first += max(part.crop.grid) + 2
             prompt = self.encode(part.question.text + "<|im_end|>\n<|im_start|>assistant\n")
             answer = [*self.encode(part.question.answer), self.answer_end]
             ids += prompt + answer[:-1]
-            labels += [IGNORE] * (len(prompt) - 1) + answer
+            labels += [IGNORED] * (len(prompt) - 1) + answer
             length = len(prompt) + len(answer) - 1
             segment += [number] * length
             positions.append(torch.arange(first, first + length).expand(3, -1))
@@ -147,7 +151,7 @@ class Packer:
         n = -(-max(len(ids) for ids, *_ in parts) // 8) * 8  # as fused attention kernels want it of a mask
         input_ids = torch.full((len(parts), n), self.filler)
         positions = torch.zeros(3, len(parts), n)
-        labels = torch.full((len(parts), n), IGNORE)
+        labels = torch.full((len(parts), n), IGNORED)
         segment = torch.full((len(parts), n), -1)
         views = []
         for row, (ids, place, label, number, seen) in enumerate(parts):
@@ -182,7 +186,7 @@ def answer_loss(
         attention_mask={"full_attention": batch.mask},
         use_cache=False,
     ).last_hidden_state
-    wanted = batch.labels != IGNORE
-    logits = model.lm_head(hidden[wanted]).float()
-    labels = batch.labels[wanted]
+    is_answer = batch.labels != IGNORED
+    logits = model.lm_head(hidden[is_answer]).float()
+    labels = batch.labels[is_answer]
     return cross_entropy(logits, labels), logits.argmax(-1) == labels

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from hub_release.demo.backbone.dense_labels import ViewBatch, stack_views
 from hub_release.demo.backbone.packing import Batch, Packer, Sample, Segment
+from hub_release.demo.backbone.view_batch import ViewBatch, stack_views
 from hub_release.demo.backbone.views import View, cell_crop, code_view, entry_view, whole_view
 from modeling_qzoom.data.drawn.pages import Page, PageSettings, Question, union
 from modeling_qzoom.data.drawn.questions import (
@@ -25,24 +25,20 @@ LARGE = PageSettings(side=(500, 800), digit_width=(1 / 30, 1 / 18))
 FEW = PageSettings(side=(500, 700), items=(2, 3), digit_width=(1 / 26, 1 / 19))
 MIXED = PageSettings(side=(700, 1200), digit_width=(1 / 66, 1 / 36))
 BENCHMARK = PageSettings(side=(900, 1400))
-Weights = dict[str, int]
-"""How often each kind of page is drawn."""
-ALL_KINDS: Weights = {"scene": 4, "form": 3, "text": 4}
-SCENES: Weights = {"scene": 1}
-"""On scenes alone, searching a page for what a question names is learned within a few hundred steps, on all kinds at
-once not in several times as many."""
+# how often each kind of page is drawn, in every stage
+PAGE_KINDS = {"scene": 4, "form": 3, "text": 4}
 
 
-def random_page(rng: random.Random, settings: PageSettings, kinds: Weights = ALL_KINDS) -> Page:
+def random_page(rng: random.Random, settings: PageSettings) -> Page:
     """A page of the training split."""
-    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    kind = rng.choices(list(PAGE_KINDS), list(PAGE_KINDS.values()))[0]
     return draw_page(rng.randrange(10**12), settings, kind)
 
 
 def _codes(page: Page, among: tuple[int, ...], count: int, rng: random.Random) -> list[Segment]:
     """Questions about some of the codes that a view shows, now and then about two at once or about none."""
-    chosen = rng.sample(among, min(count, len(among)))
-    segments = [Segment(code_question(page, index, rng)) for index in chosen]
+    indices = rng.sample(among, min(count, len(among)))
+    segments = [Segment(code_question(page, index, rng)) for index in indices]
     if len(among) > 1 and rng.random() < 0.15:
         question = multi_question(page, rng)
         if set(question.items) <= set(among):
@@ -52,14 +48,14 @@ def _codes(page: Page, among: tuple[int, ...], count: int, rng: random.Random) -
 
 def _coarse(page: Page, count: int, rng: random.Random) -> list[Segment]:
     """Different questions that need no small print, now and then one about what is not there."""
-    asked: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for _ in range(count):
         question = coarse_question(page, rng)
-        asked[question.text] = question
+        questions[question.text] = question
     if rng.random() < 0.2:
         question = absent_question(page, rng)
-        asked[question.text] = question
-    return [Segment(question) for question in asked.values()]
+        questions[question.text] = question
+    return [Segment(question) for question in questions.values()]
 
 
 def tower_views(rng: random.Random, count: int, digits: tuple[float, float]) -> list[View]:
@@ -81,19 +77,19 @@ def tower_views(rng: random.Random, count: int, digits: tuple[float, float]) -> 
     return views
 
 
-def crop_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
+def crop_sample(rng: random.Random) -> Sample:
     """A small view that holds an entry with legible digits: learns to read."""
     while True:
-        page = random_page(rng, LARGE if rng.random() < 0.5 else MIXED, kinds)
+        page = random_page(rng, LARGE if rng.random() < 0.5 else MIXED)
         view = entry_view(page, rng.randrange(len(page.entries)), 48, rng, (8.5, 18))
         if view is not None and view.legible:
             return Sample(view, _codes(page, view.legible, 4, rng))
 
 
-def part_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
+def part_sample(rng: random.Random) -> Sample:
     """A part of a page with several legible codes at once: learns to search where it can read."""
     while True:
-        page = random_page(rng, MIXED, kinds)
+        page = random_page(rng, MIXED)
         first = rng.randrange(len(page.entries) - 1)
         pair = page.entries[first : first + 2]
         view = entry_view(page, first, 120, rng, (8.5, 13), union(*(entry.box for entry in pair)))
@@ -101,41 +97,41 @@ def part_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
             return Sample(view, _codes(page, view.legible, 7, rng))
 
 
-def search_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
+def search_sample(rng: random.Random) -> Sample:
     """Several legible codes in one view, no crop."""
-    return part_sample(rng, kinds) if rng.random() < 0.4 else whole_sample(rng, kinds, few_share=0.2)
+    return part_sample(rng) if rng.random() < 0.4 else whole_sample(rng, few_share=0.2)
 
 
-def whole_sample(rng: random.Random, kinds: Weights = ALL_KINDS, few_share: float = 0.7) -> Sample:
+def whole_sample(rng: random.Random, few_share: float = 0.7) -> Sample:
     """A whole page with large, legible codes and questions of both kinds.
 
     Args:
-        few_share: Share of pages with two or three entries only, where searching is easier to learn.
+        few_share: share of pages with two or three entries only, where searching is easier to learn.
     """
     while True:
         few = rng.random() < few_share
-        page = random_page(rng, FEW if few else LARGE, kinds)
+        page = random_page(rng, FEW if few else LARGE)
         view = whole_view(page, COARSE_TOKENS if few else rng.choice([COARSE_TOKENS, 100, 144]))
         if view.legible:
             return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 8, rng))
 
 
-def large_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
+def large_sample(rng: random.Random) -> Sample:
     """A whole page in many tokens: what the plain model needs where it may not zoom."""
     while True:
-        page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK, kinds)
+        page = random_page(rng, MIXED if rng.random() < 0.5 else BENCHMARK)
         view = whole_view(page, rng.choice([256, 400, 512]))
         if view.legible:
             return Sample(view, _codes(page, view.legible, 7, rng) + _coarse(page, 6, rng))
 
 
-def fused_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
+def fused_sample(rng: random.Random) -> Sample:
     """A page at the coarse budget with crops as inference makes them, plain rows beside them.
 
     One crop in five stands at the positions of a second image. Some crops lie around the wrong entry: then the page's
     own tokens have to answer.
     """
-    page = random_page(rng, MIXED if rng.random() < 0.6 else BENCHMARK, kinds)
+    page = random_page(rng, MIXED if rng.random() < 0.6 else BENCHMARK)
     view = whole_view(page, COARSE_TOKENS)
     small = [index for index, entry in enumerate(page.entries) if not entry.large]
 
@@ -145,7 +141,7 @@ def fused_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
         seen, cells = cell_crop(page, target, view.grid, tokens, rng)
         return Segment(question, seen, cells if rng.random() < 0.8 else None)
 
-    segments = []
+    segments: list[Segment] = []
     for index in rng.sample(small, min(2, len(small))):
         segments.append(crop(code_question(page, index, rng), index, rng.choice([49, 64, 100, 144, 144])))
     segments += _coarse(page, 6, rng)
@@ -156,7 +152,8 @@ def fused_sample(rng: random.Random, kinds: Weights = ALL_KINDS) -> Sample:
     return Sample(view, segments)
 
 
-DRAW = {
+# samples by name, as the stages of the decoder count them
+DRAW: dict[str, Callable[[random.Random], Sample]] = {
     "crop": crop_sample,
     "whole": whole_sample,
     "search": search_sample,
@@ -169,7 +166,7 @@ class TowerSteps(Dataset):
     """The tower's batches by step: large digits first.
 
     Args:
-        views: Views per step.
+        views: views per step.
     """
 
     def __init__(self, seed: int, steps: int, views: int) -> None:
@@ -187,8 +184,7 @@ class DecoderSteps(Dataset):
     """The decoder's batches by step.
 
     Args:
-        groups: Samples per step by name, see `DRAW`.
-        kinds: How often each kind of page is drawn.
+        groups: samples per step by name, see `DRAW`.
     """
 
     def __init__(
@@ -197,10 +193,8 @@ class DecoderSteps(Dataset):
         groups: dict[str, int],
         seed: int,
         steps: int,
-        kinds: Weights = ALL_KINDS,
     ) -> None:
         self.packer, self.groups, self.seed, self.steps = Packer(tokenizer), groups, seed, steps
-        self.kinds = kinds
 
     def __len__(self) -> int:
         return self.steps
@@ -209,6 +203,5 @@ class DecoderSteps(Dataset):
         rng = random.Random(f"decoder/{self.seed}/{step}")
         samples = []
         for name, count in self.groups.items():
-            draw: Callable[[random.Random, Weights], Sample] = DRAW[name]
-            samples += [replace(draw(rng, self.kinds), name=f"{name}/") for _ in range(count)]
+            samples += [replace(DRAW[name](rng), name=f"{name}/") for _ in range(count)]
         return self.packer(samples)

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; any text encodes, since every byte is in its alphabet."""
+    """Trains the tokenizer; any text encodes, since every byte is in its alphabet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

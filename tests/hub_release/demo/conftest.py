@@ -1,4 +1,4 @@
-"""An untrained demo model, shared by the training tests."""
+"""An untrained demo model, shared by the tests of the demo."""
 
 import pytest
 

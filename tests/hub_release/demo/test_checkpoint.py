@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hub_release.demo.checkpoint import LARGEST_BYTES, build_processor, write_checkpoint
+from hub_release.demo.checkpoint import LARGEST_BYTES, build_processor, write_card, write_checkpoint
+from hub_release.demo.clock import history_of
+from hub_release.repository.files import EVALUATION
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 from modeling_qzoom.asking.answers import ask
 from modeling_qzoom.asking.metrics import covered_share
@@ -26,7 +28,7 @@ def demo() -> tuple[QZoomForConditionalGeneration, QZoomProcessor]:
 
 
 def test_the_folder_is_small_and_has_presets() -> None:
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= LARGEST_BYTES
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= LARGEST_BYTES
     presets = json.loads((CHECKPOINT / "config.json").read_text())["presets"]
     assert set(presets) == {"fast", "balanced", "accurate"}
 
@@ -39,6 +41,14 @@ def test_the_bundled_pages_are_answered_right(demo, name) -> None:
     assert [coarse.text, fine.text] == [item["answer"] for item in bundled["questions"]]
     assert [coarse.report.zoomed, fine.report.zoomed] == [False, True]
     assert covered_share(fine.report.box, bundled["questions"][1]["box"]) == 1.0
+
+
+def test_the_card_is_the_one_that_the_recipe_writes(demo, tmp_path) -> None:
+    write_card(tmp_path, history_of(json.loads((CHECKPOINT / EVALUATION / "times.json").read_text())))
+    card = (tmp_path / "README.md").read_text()
+    assert (CHECKPOINT / "README.md").read_text() == card
+    millions = sum(weight.numel() for weight in demo[0].parameters()) / 1e6
+    assert f"{millions:.1f} million weights" in card and f"at most {demo[1].max_tokens} visual tokens" in card
 
 
 def test_zooming_reads_what_the_coarse_view_cannot(demo) -> None:
@@ -55,6 +65,8 @@ def test_what_is_written_loads_and_has_no_code(tokenizer, model, tmp_path) -> No
     folder = tmp_path / "demo"
     write_checkpoint(model, build_processor(tokenizer), folder)
     assert not list(folder.glob("*.py"))
+    (folder / EVALUATION).mkdir()
+    (folder / EVALUATION / "figures.json").write_text("{}")  # what was measured does not disturb loading
     loaded = QZoomForConditionalGeneration.from_pretrained(folder)
     assert loaded.dtype == torch.bfloat16 and loaded.config.base_model_name_or_path is None
     processor = QZoomProcessor.from_pretrained(folder)

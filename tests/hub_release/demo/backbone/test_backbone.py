@@ -4,29 +4,35 @@ import random
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
-from hub_release.demo.backbone.dense_labels import dense_loss, encode, label_words, stack_views
+from hub_release.demo.backbone.dense_heads import dense_loss, label_words
+from hub_release.demo.backbone.dense_labels import NOTHING
 from hub_release.demo.backbone.fast_tower import fast_tower
-from hub_release.demo.backbone.model import build_optimizers
 from hub_release.demo.backbone.packing import Packer
 from hub_release.demo.backbone.samples import (
-    SCENES,
+    COARSE_TOKENS,
     DecoderSteps,
     crop_sample,
     fused_sample,
     part_sample,
     whole_sample,
 )
-from hub_release.demo.backbone.train import decoder_step, right_shares, train_tower, training_parts
-from hub_release.demo.backbone.views import IGNORE, NO_OBJECT, NO_WORD, normalise
+from hub_release.demo.backbone.train import build_optimizers, decoder_step, right_shares, train_tower, training_parts
+from hub_release.demo.backbone.view_batch import encode, stack_views
+from hub_release.demo.backbone.views import fit_grid, normalise
+from hub_release.demo.checkpoint import build_processor
 from modeling_qzoom.data.drawn.pages import COLORS, SHAPES, WORDS
+from modeling_qzoom.training_losses_qzoom import IGNORED
 
 
 def test_the_optimizers_hold_every_weight_once(backbone, tokenizer) -> None:
     parts = training_parts(backbone, tokenizer)
     optimizers = build_optimizers(parts, 1e-3, tower_share=0.5)
-    held = [id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
-    assert sorted(held) == sorted(id(weight) for weight in parts.parameters())
+    trained = [
+        id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]
+    ]
+    assert sorted(trained) == sorted(id(weight) for weight in parts.parameters())
     rates = {round(group["lr"], 7) for optimizer in optimizers for group in optimizer.param_groups}
     assert rates == {1e-3, 5e-4, 6.25e-5}
 
@@ -77,15 +83,15 @@ def test_labels_of_a_view_agree_with_the_page() -> None:
     sample = crop_sample(random.Random(2))
     view = sample.view
     codes = {part.question.answer for part in sample.segments}
-    seen = {"".join(map(str, code.tolist())) for code in view.code if code[0] != IGNORE}
+    seen = {"".join(map(str, code.tolist())) for code in view.labels["code"] if code[0] != IGNORED}
     assert codes <= seen
-    assert (view.color != NO_OBJECT).any() or (view.word != NO_WORD).any()
+    assert any((view.labels[name] != NOTHING[name]).any() for name in ("color", "word"))
 
 
 def test_hits_are_counted_per_segment(tokenizer) -> None:
     samples = [replace(crop_sample(random.Random(seed)), name="crop/") for seed in (3, 4)]
     batch = Packer(tokenizer)(samples)
-    hit = torch.ones(int((batch.labels != IGNORE).sum()), dtype=torch.bool)
+    hit = torch.ones(int((batch.labels != IGNORED).sum()), dtype=torch.bool)
     assert set(right_shares(batch, hit).values()) == {1.0}
     hit[0] = False
     kind, asked = batch.kinds[0][0], [kind for kinds in batch.kinds for kind in kinds]
@@ -106,7 +112,7 @@ def test_views_side_by_side_are_the_same_function(backbone) -> None:
 
 def test_places_without_labels_cost_nothing(backbone, tokenizer) -> None:
     views = stack_views([crop_sample(random.Random(5)).view])
-    labels = {name: torch.full_like(value, IGNORE) for name, value in views.labels.items()}
+    labels = {name: torch.full_like(value, IGNORED) for name, value in views.labels.items()}
     heads, embedding = training_parts(backbone, tokenizer)["heads"], backbone.get_input_embeddings().weight
     with torch.no_grad(), fast_tower(backbone.model.visual):
         logits = heads(*encode(backbone.model.visual, views), embedding)
@@ -142,7 +148,12 @@ def test_every_label_is_one_token_alone_and_in_a_sentence(tokenizer) -> None:
         assert spelled == [[label, label] for label in labels]
 
 
-def test_steps_on_scenes_alone(tokenizer) -> None:
-    steps = DecoderSteps(tokenizer, {"whole": 3, "search": 2}, seed=1, steps=2, kinds=SCENES)
-    labels = [steps[number].views.labels["word"] for number in range(2)]
-    assert all(bool((words == NO_WORD).all()) for words in labels)  # no form, no text
+def test_grids_are_those_of_the_processor(tokenizer) -> None:
+    """The resize rule of the library, on which the demo's pages are drawn and read."""
+    processor = build_processor(tokenizer)
+    for width, height in ((900, 1400), (730, 510), (300, 60)):
+        text = "<|vision_start|><|image_pad|><|vision_end|>"
+        _, rows, columns = processor(images=[Image.new("RGB", (width, height))], text=text)["image_grid_thw"][
+            0
+        ].tolist()
+        assert fit_grid(width, height, COARSE_TOKENS // 2, COARSE_TOKENS) == (rows // 2, columns // 2)

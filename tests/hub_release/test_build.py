@@ -42,9 +42,6 @@ def qwen(tmp_path_factory):
     return folder / "base", data
 
 
-# --- the plain build -------------------------------------------------------------------------------------------------
-
-
 def test_only_what_belongs_there_is_copied(qwen, tmp_path, capsys):
     data = shutil.copytree(qwen[1], tmp_path / "data")
     (data / "optimizer.pt").write_bytes(b"")
@@ -77,9 +74,6 @@ def test_a_revision_belongs_to_its_name(qwen, tmp_path):
     (data / "config.json").write_text(json.dumps(config))
     assert config_of(build(data, tmp_path / "a", base="someone/base"))["base_model_revision"] == "abc"
     assert config_of(build(data, tmp_path / "b", base="another/base"))["base_model_revision"] is None
-
-
-# --- weights in another form -----------------------------------------------------------------------------------------
 
 
 def test_shards(qwen, tmp_path):
@@ -140,9 +134,6 @@ def test_variant_refusals(qwen, tmp_path):
         build(scratch, tmp_path / "out", base_folder=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "other"]  # no scratch folder is left
-
-
-# --- a tokenizer from elsewhere --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["qwen2_5_vl_a", "qwen3_vl_b"])

@@ -1,6 +1,5 @@
 """Model cards: what an author wrote is kept, everything else is what the files say, and the examples run."""
 
-import json
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -11,14 +10,16 @@ import torch
 from PIL import Image
 
 from hub_release.build import build
-from hub_release.card.card import read_card, read_facts, rename, render, repository_of, stale_sections
+from hub_release.card.card import render, stale_sections
+from hub_release.card.facts import read_facts
+from hub_release.card.parts import read_card, rename, repository_of
 from hub_release.card.tables import figure_table, spread_table
 from hub_release.card.texts import QUICK_START
 from hub_release.repository.errors import BuildError
-from tests.release_fixtures import DEMO, FIGURES, data_folder, published_folder
+from tests.release_fixtures import DEMO, FIGURES, data_folder, published_folder, write_figures
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 AUTHORS = """\
 ---
 language: en
@@ -74,7 +75,7 @@ def test_a_card_from_nothing(published):
     text = render(read_card(""), read_facts(published, "me/model"), "mit")
     card = read_card(text)
     assert card.title == "model" and "qwen2_5_vl" in card.introduction
-    assert 'license: "mit"' in text and "did not say" in card.sections["How it was trained"]
+    assert 'license: "mit"' in text and "has not stated it" in card.sections["How it was trained"]
     assert "One box per question" in card.sections["Limits"]
 
 
@@ -94,12 +95,11 @@ def test_spread_and_shifted_figures_stand_beside(tmp_path):
     data = data_folder("qwen2_5_vl", tmp_path / "data")
     seeds = {"seeds": 3, "rows": 9, "spread": {"gate_auroc": {"lowest": 0.4, "mean": 0.5, "highest": 0.6}}}
     shifted = {**FIGURES, "summary": {"fine_accuracy_zoom": 0.25}}
-    for kind, content in (("figures", FIGURES), ("seeds", seeds), ("shifted", shifted)):
-        (tmp_path / f"data-{kind}.json").write_text(json.dumps(content))
+    write_figures(data, figures=FIGURES, seeds=seeds, shifted=shifted)
     figures = read_card((build(data, tmp_path / "out") / "README.md").read_text()).sections["Figures"]
     assert "| fine_accuracy_zoom | 0.750 | 0.700 – 0.800 | 0.250 |" in figures
     assert figure_table(FIGURES, shifted) in figures and spread_table(seeds) in figures
-    (tmp_path / "data-figures.json").write_text('{"summary": {}}')
+    write_figures(data, figures={"summary": {}})
     with pytest.raises(BuildError, match="not in the form that"):
         build(data, tmp_path / "other")
 

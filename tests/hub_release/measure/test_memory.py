@@ -7,18 +7,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from hub_release.measure import memory as memory_table
-from hub_release.measure.memory import (
-    VARIANTS,
-    cache_bytes,
-    held_bytes,
-    load_random,
-    main,
-    measure,
-    recipes,
-    skeleton,
-    weight_bytes,
-)
-from hub_release.measure.sizes import MODELS, ModelRow, question
+from hub_release.measure.memory import VARIANTS, main
+from hub_release.measure.real_models import load_random, loaded_bytes, measure, question
+from hub_release.measure.shapes import cache_bytes, recipes, skeleton, weight_bytes
+from hub_release.measure.sizes import MODELS, ModelRow
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 from tests.tiny import vlm_config
 
@@ -47,7 +39,7 @@ def test_computed_equals_quantized(family, tied, zooms, recipe):
     chosen = recipes(["model.visual"])[recipe]
     counted = weight_bytes(skeleton(model_class, config, chosen))
     model = load_random(model_class, config, chosen, "cpu")
-    assert counted.total == held_bytes(model)
+    assert counted.total == loaded_bytes(model)
     linear = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     packed = [module.weight for module in model.modules() if isinstance(module, linear)]
     assert counted.packed == sum(weight.numel() * weight.element_size() for weight in packed)

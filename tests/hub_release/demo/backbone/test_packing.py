@@ -5,12 +5,13 @@ import random
 import numpy as np
 import torch
 
-from hub_release.demo.backbone.dense_labels import encode
 from hub_release.demo.backbone.fast_tower import fast_tower
 from hub_release.demo.backbone.packing import Packer, Sample, Segment, answer_loss, embed
-from hub_release.demo.backbone.views import IGNORE, View, cell_crop, normalise, whole_view
+from hub_release.demo.backbone.view_batch import encode
+from hub_release.demo.backbone.views import View, cell_crop, normalise, whole_view
 from hub_release.demo.checkpoint import attach_branches
 from modeling_qzoom.data.drawn.questions import coarse_questions, code_question, draw_page
+from modeling_qzoom.training_losses_qzoom import IGNORED
 
 
 def pixel_inputs(view: View) -> dict[str, torch.Tensor]:
@@ -48,7 +49,7 @@ def test_packed_plain_questions_equal_the_stock_model(tokenizer, backbone) -> No
                 **pixel_inputs(view),
                 mm_token_type_ids=(ids == model.config.image_token_id).long(),
             ).last_hidden_state
-        mine = packed[0][(batch.segment[0] == number) & (batch.labels[0] != IGNORE)]
+        mine = packed[0][(batch.segment[0] == number) & (batch.labels[0] != IGNORED)]
         torch.testing.assert_close(mine, alone[0, -len(mine) :], atol=1e-4, rtol=1e-4)
 
 
@@ -97,7 +98,7 @@ def test_packed_crops_train_what_forward_trains(tokenizer, backbone) -> None:
             attention_mask=torch.ones_like(ids),
             **pixel_inputs(view),
             mm_token_type_ids=(ids == vlm.config.image_token_id).long(),
-            labels=torch.cat([torch.full_like(prompt, IGNORE), answer], dim=1),
+            labels=torch.cat([torch.full_like(prompt, IGNORED), answer], dim=1),
             source_images=[torch.from_numpy(np.array(page.image)).permute(2, 0, 1)],
             zoom_boxes=[tuple(int(edge) for edge in crop.box)],
         )
