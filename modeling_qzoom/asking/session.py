@@ -98,6 +98,16 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
     return Session(model.eval(), processor, config)
 
 
+def check_output_format(output_format: str) -> None:
+    """Check how a checkpoint is to be written.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if output_format not in ("full", "addon"):
+        raise ValueError(f"output_format must be 'full' or 'addon', got {output_format!r}.")
+
+
 def save_session(session: Session, folder: str | Path, output_format: str = "full") -> None:
     """Write model and processor as a checkpoint folder.
 
@@ -107,8 +117,7 @@ def save_session(session: Session, folder: str | Path, output_format: str = "ful
     Raises:
         ValueError: An unknown format.
     """
-    if output_format not in ("full", "addon"):
-        raise ValueError(f"output_format must be 'full' or 'addon', got {output_format!r}.")
+    check_output_format(output_format)
     if output_format == "full":
         session.model.save_pretrained(folder)
     else:

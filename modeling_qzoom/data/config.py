@@ -2,27 +2,23 @@
 
 from dataclasses import dataclass
 
+from .options import option
+
 
 @dataclass
 class DataConfig:
-    """Where rows come from.
+    """Where rows come from."""
 
-    Args:
-        data: A JSONL or parquet file, `hub:NAME` or a folder of `datasets.save_to_disk`, or `drawn:SPLIT` for pages
-            of the benchmark.
-        images: Folder that image paths are relative to; the data file's own by default.
-        image_key, question_key, answer_key, id_key: Names of the columns.
-        data_split: Split of a `datasets` dataset.
-        limit: Only so many rows, drawn at random with the seed.
-        seed: Of everything that is drawn at random.
-    """
-
-    data: str = ""
-    images: str | None = None
-    image_key: str = "image"
-    question_key: str = "question"
-    answer_key: str = "answer"
-    id_key: str = "id"
-    data_split: str = "train"
-    limit: int | None = None
-    seed: int = 0
+    data: str = option(
+        "",
+        "JSONL or parquet file, hub:NAME or a folder of datasets.save_to_disk, or drawn:SPLIT for pages of the "
+        "benchmark",
+    )
+    images: str | None = option(None, "folder that image paths are relative to; the data file's own by default")
+    image_key: str = option("image", "name of the column of images")
+    question_key: str = option("question", "name of the column of questions")
+    answer_key: str = option("answer", "name of the column of accepted answers")
+    id_key: str = option("id", "name of the column of ids")
+    data_split: str = option("train", "split of a datasets dataset")
+    limit: int | None = option(None, "number of rows to take, drawn at random with the seed; all by default")
+    seed: int = option(0, "seed of everything that is drawn at random")

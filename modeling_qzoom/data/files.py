@@ -1,4 +1,4 @@
-"""Files that a stage keeps in its folders: written whole or not at all, and named where they are damaged."""
+"""Files that commands keep in their folders: written whole or not at all, and named where they are damaged."""
 
 import json
 import os
@@ -11,22 +11,35 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; a reader never sees half of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file; it takes its name, and the place of an older one, once it is written to its end."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; a reader never sees half of it."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON; a reader never sees half of it."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, way_out: str, names: Sequence[str] = ()) -> dict[str, Any]:
     """A mapping from a JSON file.
 
     Args:
-        way_out: What to do where the file is damaged, as the end of the error's sentence.
-        names: What the mapping has to hold.
+        path: the file.
+        way_out: what to do where the file is damaged, as the end of the error's sentence.
+        names: names that the mapping has to hold.
 
     Raises:
-        ValueError: The file cannot be read, is no JSON, no mapping, or lacks a name.
+        ValueError: the file cannot be read, is no JSON, no mapping, or lacks a name.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +76,7 @@ def damage_named(model: str | Path) -> Iterator[None]:
     """Turns what loading a model raises into an error that names the model, and the damaged file if there is one.
 
     Raises:
-        ValueError: Whatever went wrong with its files.
+        ValueError: whatever went wrong with its files.
     """
     try:
         yield
@@ -78,10 +91,11 @@ def check_output_file(path: str | Path, name: str) -> None:
     """Finds out before a long run that its result could not be written.
 
     Args:
-        name: Of the option that asks for the file.
+        path: the file that will be written.
+        name: name of the option that asks for it.
 
     Raises:
-        ValueError: The path is a folder, lies below a file, or may not be written.
+        ValueError: the path is a folder, lies below a file, or may not be written.
     """
     target = Path(path).absolute()
     if target.is_dir():

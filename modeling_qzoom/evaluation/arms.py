@@ -1,8 +1,7 @@
 """Runs the arms that a benchmark compares: the plain model at several budgets, and the zooming one.
 
-Per row, zoom="auto" gives what zoom="always" gives where the gate opens and what zoom="never" gives where it does
-not. So the zooming arm decodes once with every gate held open, which also yields the gate's probability, and "auto"
-at any threshold follows from it and from the plain arm.
+The zooming arm decodes once with every gate held open, and "auto" at any threshold follows from it and from the plain
+arm (`asking.gating`).
 """
 
 import logging
@@ -17,6 +16,7 @@ from .. import QZoomForConditionalGeneration, QZoomProcessor
 from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answer, answer_batch, in_batches, prepare
 from ..asking.budgets import Budget, coarse_budget, plain_budget
 from ..asking.cost import PrefillCost
+from ..asking.gating import HELD_OPEN, derive_auto
 from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
 from .figures import Outcome, Record
@@ -60,20 +60,6 @@ def options_in_force(model: QZoomForConditionalGeneration, options: dict[str, An
     return resolve_options(options, (model.generation_config,), model.config, mrope=mrope)
 
 
-def derive_auto(never: Answer, always: Answer, gate_threshold: float) -> Answer:
-    """What zoom="auto" gives at a threshold.
-
-    Args:
-        never: The row's plain answer.
-        always: Its answer with the gate asked and held open; without a gate, with zoom="always".
-        gate_threshold: Probability from which on the row zooms.
-    """
-    probability = always.report.gate_probability
-    if probability is None or probability >= gate_threshold:
-        return always
-    return replace(never, report=replace(never.report, reason="gate_closed", gate_probability=probability))
-
-
 def to_outcome(answer: Answer, truth: Truth, cost: PrefillCost) -> Outcome:
     """Scores and costs of an answer."""
     report = answer.report
@@ -108,7 +94,7 @@ class ZoomArm:
     @property
     def held_open(self) -> ZoomOptions:
         """What decides the answers of rows that zoom: everything but the gate's threshold."""
-        return replace(self.used, zoom="auto", gate_threshold=0.0)
+        return replace(self.used, **HELD_OPEN)
 
 
 class ArmRunner:
@@ -254,7 +240,7 @@ class _BatchRun:
             return
         missing = tuple(place for place in places if (arm.held_open, place) not in self._open)
         if missing:
-            options = {**arm.options, "zoom": "auto", "gate_threshold": 0.0}
+            options = {**arm.options, **HELD_OPEN}
             for place, answer in zip(missing, self._ask(coarse, missing, **options), strict=True):
                 self._open[arm.held_open, place] = answer
         for place in places:

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from hub_release.build import build
 from hub_release.card.tables import figure_table, page_kind_table, short_table, spread_table
 from hub_release.demo.recipe import MARKERS, REPORT, history_of
+from modeling_qzoom.training.__main__ import STAGES
 from modeling_qzoom.training.common.config_files import load_config
-from modeling_qzoom.training.stages import STAGES
 from tests.readme_fixtures import ROOT, Block, Reader, blocks, new_reader, promised_output, run_here
 
 

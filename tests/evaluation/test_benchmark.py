@@ -12,9 +12,10 @@ from PIL import Image
 
 from modeling_qzoom.asking.answers import Answer, ask
 from modeling_qzoom.asking.budgets import coarse_budget, plain_budget
+from modeling_qzoom.asking.gating import derive_auto
 from modeling_qzoom.data.drawn.questions import draw_rows
 from modeling_qzoom.evaluation.__main__ import main
-from modeling_qzoom.evaluation.arms import ArmRunner, Item, derive_auto
+from modeling_qzoom.evaluation.arms import ArmRunner, Item
 from modeling_qzoom.evaluation.benchmark import SUMMARY_NAMES, drawn_items, measure_drawn, measure_file
 from modeling_qzoom.evaluation.figures import Outcome, Record, ladder_point, summarize
 from modeling_qzoom.evaluation.pareto import draw_pareto

@@ -8,8 +8,12 @@ import numpy as np
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.fingerprints import backbone_fingerprint
 from modeling_qzoom.asking.session import open_session
+from modeling_qzoom.data.rows import Row
 from modeling_qzoom.training.common.config import LabelConfig
-from modeling_qzoom.training.common.label_store import Manifest, make_labels
+from modeling_qzoom.training.common.label_store import Manifest, make_labels, read_manifest
+from modeling_qzoom.training.common.labelled import labelled_rows
+from modeling_qzoom.training.gate.record import GateRecord
+from modeling_qzoom.training.regions.record import RegionRecord
 from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS, noise
 from tests.tiny import tiny_model
@@ -41,22 +45,20 @@ def write_data(folder: Path, images: int = 4, questions: int = 2) -> str:
     return str(folder / "rows.jsonl")
 
 
-def region_record(row, grid: tuple[int, int] = (3, 4), seed: int = 0) -> dict:
-    """A record as `label-regions` writes it: one bright cell on a dim map."""
+def region_record(row, grid: tuple[int, int] = (3, 4), seed: int = 0) -> RegionRecord:
+    """A record of `label-regions`: one bright cell on a dim map."""
     rng = np.random.default_rng(seed)
     attention = np.full(grid, 1e-4, dtype=np.float32)
     attention[rng.integers(grid[0]), rng.integers(grid[1])] = 0.2
-    return {
-        "id": row.id,
-        "image_id": row.image_id,
-        "question": row.question,
-        "answers": list(row.answers),
-        "response": row.answers[0],
-        "height": grid[0],
-        "width": grid[1],
-        "grounding": attention.flatten(),
-        "sinks": np.zeros(grid, dtype=np.float32).flatten(),
-    }
+    return RegionRecord(
+        id=row.id,
+        image_id=row.image_id,
+        question=row.question,
+        answers=row.answers,
+        response=row.answers[0],
+        grounding=attention,
+        sinks=np.zeros(grid, dtype=np.float32),
+    )
 
 
 def write_labels(output: Path, stage: str, model: str, data: str, make_record) -> str:
@@ -69,8 +71,15 @@ def write_labels(output: Path, stage: str, model: str, data: str, make_record) -
     numbers = {row.id: number for number, row in enumerate(rows)}
     fingerprint = backbone_fingerprint(open_session(ModelConfig(model=model)).model)
     manifest = Manifest(stage, fingerprint, rows.fingerprint, data_settings(config))
-    make_labels(output, manifest, rows, 4, lambda chosen, bad: [make_record(row, numbers[row.id]) for row in chosen])
+    make_labels(
+        output, manifest, rows, 4, lambda shard, bad: [make_record(row, numbers[row.id]).to_row() for row in shard]
+    )
     return str(output)
+
+
+def rows_of(folder: str | Path, stage: str) -> dict[str, Row]:
+    """The rows that a folder of labels was made from, by id."""
+    return labelled_rows(folder, read_manifest(folder, stage))
 
 
 def write_region_labels(folder: Path, model: str, data: str) -> str:
@@ -78,18 +87,18 @@ def write_region_labels(folder: Path, model: str, data: str) -> str:
     return write_labels(folder, "label-regions", model, data, lambda row, number: region_record(row, seed=number))
 
 
-def gate_record(row, right: list[bool] | None, ladder: list[int], agrees: list[bool] | None = None) -> dict:
-    """A record as `label-gates` writes it."""
-    return {
-        "id": row.id,
-        "image_id": row.image_id,
-        "question": row.question,
-        "answers": list(row.answers),
-        "ladder": ladder,
-        "replies": ["x"] * len(ladder),
-        "right": right,
-        "agrees": agrees if agrees is not None else right,
-    }
+def gate_record(row, right: list[bool] | None, ladder: list[int], agrees: list[bool] | None = None) -> GateRecord:
+    """A record of `label-gates`."""
+    return GateRecord(
+        id=row.id,
+        image_id=row.image_id,
+        question=row.question,
+        answers=row.answers,
+        ladder=ladder,
+        replies=["x"] * len(ladder),
+        right=right,
+        agrees=agrees if agrees is not None else right,
+    )
 
 
 def write_gate_labels(folder: Path, model: str, data: str) -> str:

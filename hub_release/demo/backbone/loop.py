@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from modeling_qzoom.data.files import written_whole
+
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +24,10 @@ Step = Callable[[Any], tuple[Tensor, dict[str, float]]]
 def save_state(module: nn.Module, path: Path, step: int = 0) -> None:
     """Writes a module's weights and the step that they belong to; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     # clones, because tied weights share memory, which the format refuses
     weights = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, partial, metadata={"step": str(step)})
-    partial.rename(path)
+    with written_whole(path) as partial:
+        save_file(weights, partial, metadata={"step": str(step)})
 
 
 def load_state(module: nn.Module, path: Path) -> None:

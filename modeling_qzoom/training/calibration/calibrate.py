@@ -2,7 +2,7 @@
 
 One pass gives everything about the coarse view: no region reaches a threshold of 2, so every row falls back to its
 plain answer after gate and heat map are known. Each further pass zooms every row under one way to crop. What any gate
-threshold gives follows from these without decoding again (`points`).
+threshold gives follows from these without decoding again (`asking.gating`).
 """
 
 import json
@@ -16,18 +16,20 @@ from ... import QZoomConfig
 from ...asking.fingerprints import backbone_fingerprint
 from ...asking.judges import judge_for
 from ...asking.session import Session, open_session, save_session
-from ...data.files import check_output_file, read_json, write_json
+from ...data.files import check_output_file, read_json, write_json, write_text
 from ...data.readers import load_rows
 from ...saving_qzoom import ADDON, FULL, check_target, staged, what_is_in
 from ...zoom_options_qzoom import OPTION_NAMES
 from .config import CalibrateConfig
-from .operating_points import choose_presets
-from .passes import Calibration
+from .operating_points import Point, choose_presets
+from .passes import Passes
+from .trials import closed_outcomes, crop_budgets, measure_points, rank_regions, region_candidates
 
 
 logger = logging.getLogger(__name__)
 
 
+# preset whose options become the checkpoint's defaults
 DEFAULT = "balanced"
 _RESTORE = "take the checkpoint's config.json from where it came from"
 
@@ -36,7 +38,7 @@ def target_folder(config: CalibrateConfig) -> Path:
     """Where the presets go.
 
     Raises:
-        ValueError: The model is no folder and no output is given, it is no Q-Zoom checkpoint, or the output folder
+        ValueError: the model is no folder and no output is given, it is no Q-Zoom checkpoint, or the output folder
             holds another model or lies inside the model's.
     """
     source = Path(config.model) / "config.json"
@@ -61,7 +63,7 @@ def write_presets(folder: Path, presets: dict[str, dict[str, Any]]) -> None:
     """Put presets, and the balanced one's options as defaults, into a checkpoint's config.json.
 
     Raises:
-        ValueError: The configuration does not take them.
+        ValueError: the configuration does not take them.
     """
     path = folder / "config.json"
     values = read_json(path, _RESTORE)
@@ -83,69 +85,66 @@ def _store(session: Session, config: CalibrateConfig, folder: Path, presets: dic
 
 
 def _warn(session: Session, config: CalibrateConfig) -> None:
-    """Of what would make the presets mean something else than what was measured."""
+    """Warn of what would make the presets mean something else than what was measured."""
     if config.min_tokens or config.max_tokens:
         logger.warning(
             "calibrated at min_tokens=%s, max_tokens=%s, which the checkpoint's processor has to be given too",
             *(getattr(session.processor, name) for name in ("min_tokens", "max_tokens")),
         )
-    held = vars(session.model.generation_config)
-    winning = [name for name in (*OPTION_NAMES, "effort") if held.get(name) is not None]
+    generation = vars(session.model.generation_config)
+    winning = [name for name in (*OPTION_NAMES, "effort") if generation.get(name) is not None]
     if winning:
         logger.warning("generation_config.json sets %s, which wins over what calibrate stores", winning)
+
+
+def _log(config: CalibrateConfig, presets: dict[str, Point]) -> None:
+    """What the presets give, and what is odd about it."""
+    for name, point in presets.items():
+        logger.info(
+            "%s: accuracy %.3f, %.0f %% zoomed, %.0f visual tokens, %.2f × the plain prefill; %s",
+            *(name, point.accuracy, 100 * point.zoomed_share, point.visual_tokens, point.relative_flops),
+            point.options,
+        )
+    if presets["accurate"].accuracy == 0:
+        logger.warning("no row was answered right in any way, so the presets mean nothing; check judge and prompts")
+    if presets["accurate"].accuracy - presets["fast"].accuracy > config.lose_at_most:
+        logger.warning("no point within cost_at_most=%s loses as little as lose_at_most", config.cost_at_most)
 
 
 def run(config: CalibrateConfig) -> None:
     """Choose presets and write them into the checkpoint.
 
     Raises:
-        ValueError: Data, model or options do not fit, or `cost_at_most` cannot be met.
+        ValueError: data, model or options do not fit, or `cost_at_most` cannot be met.
     """
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
-    if not 0 <= config.lose_at_most < 1:
-        raise ValueError(f"lose_at_most must be a share of rows in [0, 1), got {config.lose_at_most}.")
-    if not 0 < config.largest_area <= 1:
-        raise ValueError(f"largest_area must be a share of the image in (0, 1], got {config.largest_area}.")
     folder = target_folder(config)
     check_output_file(folder / "config.json", "output")
     if config.report is not None:
         check_output_file(config.report, "report")
     rows = load_rows(config, needs_answer=True)
     session = open_session(config)
-    calibration = Calibration(session, config, judge_for(config.judge, session), rows)
-    calibration.crop_budgets()  # refuses them before anything runs
-    calibration.look()
-    ranked = calibration.ranked()
-    points = calibration.points(ranked)
-    chosen = choose_presets(points, config.lose_at_most, config.cost_at_most)
-    for name, point in chosen.items():
-        logger.info(
-            "%s: accuracy %.3f, %.0f %% zoomed, %.0f visual tokens, %.2f × the plain prefill; %s",
-            *(name, point.accuracy, 100 * point.zoomed_share, point.visual_tokens, point.relative_flops),
-            point.options,
-        )
-    if chosen["accurate"].accuracy == 0:
-        logger.warning("no row was answered right in any way, so the presets mean nothing; check judge and prompts")
-    if chosen["accurate"].accuracy - chosen["fast"].accuracy > config.lose_at_most:
-        logger.warning("no point within cost_at_most=%s loses as little as lose_at_most", config.cost_at_most)
+    passes = Passes(session, judge_for(config.judge, session), rows, config)
+    budgets = crop_budgets(config, session.model.config)  # refuses them before anything runs
+    candidates = region_candidates(config, session.model.config)
+    coarse = passes.coarse(candidates)
+    ranked = rank_regions(config, candidates, coarse, rows)
+    closed = closed_outcomes(session, coarse)
+    points = measure_points(passes, coarse, closed, ranked, budgets)
+    presets = choose_presets(points, config.lose_at_most, config.cost_at_most)
+    _log(config, presets)
     _warn(session, config)
-    if not calibration.state.is_main_process:
+    if not passes.state.is_main_process:
         return
-    _store(session, config, folder, {name: point.options for name, point in chosen.items()})
+    _store(session, config, folder, {name: point.options for name, point in presets.items()})
     if config.report is not None:
         report = {
             "config": asdict(config),
             "backbone": backbone_fingerprint(session.model),
-            "data": {
-                "fingerprint": rows.fingerprint,
-                "rows": len(calibration.coarse),
-                "skipped": calibration.bad.found,
-            },
-            "plain_accuracy": float(calibration.closed().right.mean()),
+            "data": {"fingerprint": rows.fingerprint, "rows": len(coarse), "skipped": passes.bad.found},
+            "plain_accuracy": float(closed.right.mean()),
             "region_thresholds": [asdict(entry) for entry in ranked],
-            "presets": {name: asdict(point) for name, point in chosen.items()},
+            "presets": {name: asdict(point) for name, point in presets.items()},
             "points": [asdict(point) for point in points],
         }
         Path(config.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(config.report), json.dumps(report, indent=2) + "\n")

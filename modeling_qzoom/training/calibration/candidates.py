@@ -19,9 +19,9 @@ _ALIKE = 0.2
 class Candidate:
     """A region threshold.
 
-    Args:
+    Attributes:
         mode: "absolute" or "peak".
-        threshold: Its value.
+        threshold: value of the threshold.
     """
 
     mode: str
@@ -29,15 +29,16 @@ class Candidate:
 
     @property
     def options(self) -> dict[str, str | float]:
-        """Of `generate`."""
+        """The threshold as options of `generate`."""
         return {"region_threshold": self.threshold, "region_threshold_mode": self.mode}
 
     def box(self, report: ZoomReport, size: tuple[int, int], min_side: int) -> Box | None:
         """The box that it makes of a heat map, in source pixels.
 
         Args:
+            report: report that holds the heat map.
             size: (width, height) of the image in pixels.
-            min_side: As of `box_to_pixels`.
+            min_side: as for `box_to_pixels`.
         """
         if report.heatmap is None:
             return None
@@ -52,10 +53,10 @@ class Candidate:
 class Ranked:
     """A candidate and why it is where it is.
 
-    Args:
-        candidate: The threshold.
-        merit: Recall of the rows' own boxes, or agreement with the other candidates where rows have none.
-        area: Mean share of the image that its boxes cover.
+    Attributes:
+        candidate: the threshold.
+        merit: recall of the rows' own boxes, or agreement with the other candidates where rows have none.
+        area: mean share of the image that its boxes cover.
     """
 
     candidate: Candidate
@@ -67,14 +68,14 @@ def agreements(boxes: Sequence[Sequence[Box | None]]) -> np.ndarray:
     """(c,) mean intersection over union of each candidate's boxes with those of the others; 0 without a box.
 
     Args:
-        boxes: (rows, c).
+        boxes: (rows, c) boxes of each row by each candidate.
     """
     corners = np.array([[box or (0, 0, 0, 0) for box in row] for row in boxes], dtype=float)  # (n, c, 4)
     low = np.maximum(corners[:, :, None, :2], corners[:, None, :, :2])
     high = np.minimum(corners[:, :, None, 2:], corners[:, None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(-1)  # (n, c, c)
-    own = (corners[..., 2:] - corners[..., :2]).prod(-1)
-    union = own[:, :, None] + own[:, None, :] - shared
+    areas = (corners[..., 2:] - corners[..., :2]).prod(-1)
+    union = areas[:, :, None] + areas[:, None, :] - shared
     overlap = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0).mean(0)
     others = len(overlap) - 1
     return (overlap.sum(1) - overlap.diagonal()) / max(others, 1)
@@ -94,27 +95,27 @@ def rank_candidates(
     all others, without those that make boxes of about the same size.
 
     Args:
-        candidates: (c,).
+        candidates: (c,) region thresholds.
         boxes: (rows, c) boxes in source pixels.
         sizes: (rows,) of (width, height).
         targets: (rows,) boxes that hold the answer, where known.
         largest_area: candidates whose boxes cover more of the image on average are left out.
 
     Raises:
-        ValueError: All candidates' boxes are larger.
+        ValueError: all candidates' boxes are larger.
     """
-    wanted = {row: target for row, target in enumerate(targets) if target is not None}
-    known = list(wanted)
+    known_targets = {row: target for row, target in enumerate(targets) if target is not None}
+    known = list(known_targets)
     rows = known or range(len(boxes))
 
     def area(place: int) -> float:
-        found = ((boxes[row][place], sizes[row]) for row in rows)
-        return float(np.mean([0.0 if box is None else area_share(box, size) for box, size in found]))
+        pairs = ((boxes[row][place], sizes[row]) for row in rows)
+        return float(np.mean([0.0 if box is None else area_share(box, size) for box, size in pairs]))
 
     areas = [area(place) for place in range(len(candidates))]
     if known:
         merits = [
-            region_recall([boxes[row][place] for row in known], list(wanted.values()))
+            region_recall([boxes[row][place] for row in known], list(known_targets.values()))
             for place in range(len(candidates))
         ]
     else:
@@ -131,16 +132,16 @@ def rank_candidates(
 
 def _smallest_by_recall(ranked: list[Ranked]) -> list[Ranked]:
     best = max(entry.merit for entry in ranked)
-    chosen = [
+    smallest = [
         min((entry for entry in ranked if entry.merit >= best - slack), key=lambda entry: (entry.area, -entry.merit))
         for slack in _SLACKS
     ]
-    return list(dict.fromkeys(chosen))[:MOST]
+    return list(dict.fromkeys(smallest))[:MOST]
 
 
 def _unlike(ranked: list[Ranked]) -> list[Ranked]:
-    chosen: list[Ranked] = []
+    unlike: list[Ranked] = []
     for entry in sorted(ranked, key=lambda entry: -entry.merit):
-        if all(abs(entry.area - other.area) > _ALIKE * max(entry.area, other.area) for other in chosen):
-            chosen.append(entry)
-    return chosen[:MOST] or ranked[:1]
+        if all(abs(entry.area - other.area) > _ALIKE * max(entry.area, other.area) for other in unlike):
+            unlike.append(entry)
+    return unlike[:MOST] or ranked[:1]

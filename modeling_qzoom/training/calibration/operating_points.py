@@ -1,18 +1,19 @@
 """Operating points of a calibrated model and the choice of presets among them; nothing here runs the model.
 
-A row's answer is the zoomed one where its gate reaches the threshold, else the plain one. So one plain and one zoomed
-pass over the rows give accuracy and cost at every gate threshold.
+One plain and one zoomed pass over the rows give accuracy and cost at every gate threshold (`asking.gating`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ...asking.gating import auto_sums
 
+
+# share of `lose_at_most` that "balanced" may lose: close to the best, where "fast" spends all of it
 BALANCED_SHARE = 0.25
-"""The share of `lose_at_most` that "balanced" may lose: close to the best, where "fast" spends all of it."""
 _TOLERANCE = 1e-9  # accuracies are quotients of whole numbers
 
 
@@ -20,10 +21,10 @@ _TOLERANCE = 1e-9  # accuracies are quotients of whole numbers
 class Outcomes:
     """What rows gave one way. All arrays are (n,).
 
-    Args:
-        right: Whether the answer was right.
-        zoomed: Whether a crop was used.
-        tokens: Visual tokens, the crop's included.
+    Attributes:
+        right: whether the answer was right.
+        zoomed: whether a crop was used.
+        tokens: visual tokens, the crop's included.
         flops: FLOPs of the prefill.
     """
 
@@ -32,17 +33,23 @@ class Outcomes:
     tokens: np.ndarray
     flops: np.ndarray
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[tuple[bool, bool, int, float]]) -> "Outcomes":
+        """The outcomes of (right, zoomed, tokens, flops) of each row."""
+        right, zoomed, tokens, flops = zip(*rows, strict=True)
+        return cls(np.array(right), np.array(zoomed), np.array(tokens), np.array(flops, dtype=float))
+
 
 @dataclass(frozen=True)
 class Point:
     """A way to run the model, and what it gave on the rows.
 
-    Args:
-        options: Of `generate`.
-        accuracy: Share of right answers.
-        zoomed_share: Share of rows that used a crop.
-        visual_tokens: Mean per row.
-        relative_flops: Mean prefill FLOPs as a multiple of the plain model's at the coarse budget.
+    Attributes:
+        options: options of `generate`.
+        accuracy: share of right answers.
+        zoomed_share: share of rows that used a crop.
+        visual_tokens: mean number of visual tokens per row.
+        relative_flops: mean prefill FLOPs as a multiple of the plain model's at the coarse budget.
     """
 
     options: dict[str, Any] = field(hash=False)
@@ -58,7 +65,7 @@ def gate_thresholds(probabilities: np.ndarray) -> np.ndarray:
     Midway, so that rounding on other hardware does not move a row to the other side.
 
     Args:
-        probabilities: (n,).
+        probabilities: (n,) of the gate.
     """
     values = np.unique(probabilities)
     above = (values[-1] + 1) / 2 if values[-1] < 1 else 1.01
@@ -76,22 +83,18 @@ def gated_points(
     """A point for every gate threshold.
 
     Args:
-        closed: Outcomes of rows whose gate stays closed.
-        opened: Of rows whose gate opens.
+        closed: outcomes of the rows where their gates stay closed.
+        opened: outcomes of the rows where their gates open.
         probabilities: (n,) of the gate.
-        options: That `opened` was made with.
-        plain_flops: Sum over the rows of what the plain model costs.
+        options: options that `opened` was made with.
+        plain_flops: sum over the rows of what the plain model costs.
     """
-    order = np.argsort(probabilities, kind="stable")
     thresholds = gate_thresholds(probabilities)
-    below = np.searchsorted(probabilities[order], thresholds)  # rows that stay closed at each threshold
-    sums = []
-    for name in ("right", "zoomed", "tokens", "flops"):
-        shut, open_ = (np.asarray(getattr(side, name), dtype=float)[order] for side in (closed, opened))
-        first, rest = (np.concatenate([[0.0], np.cumsum(values)]) for values in (shut, open_))
-        sums.append(first[below] + rest[-1] - rest[below])
+    sums = [
+        auto_sums(figure, getattr(opened, name), probabilities, thresholds) for name, figure in vars(closed).items()
+    ]
     return [
-        _point({"gate_threshold": float(threshold), **options}, counts, len(order), plain_flops)
+        _point({"gate_threshold": float(threshold), **options}, counts, len(probabilities), plain_flops)
         for threshold, *counts in zip(thresholds, *sums)
     ]
 
@@ -115,11 +118,12 @@ def choose_presets(points: Sequence[Point], lose_at_most: float, cost_at_most: f
       case; where no such point loses so little, it is the most accurate of them.
 
     Args:
-        lose_at_most: Accuracy, as a share of rows.
-        cost_at_most: Mean prefill FLOPs as a multiple of the plain model's.
+        points: points to choose from.
+        lose_at_most: accuracy that "fast" may lose, as a share of rows.
+        cost_at_most: mean prefill FLOPs that "fast" may cost, as a multiple of the plain model's.
 
     Raises:
-        ValueError: Every point costs more than `cost_at_most`; names the cheapest.
+        ValueError: every point costs more than `cost_at_most`; names the cheapest.
     """
     best = max(point.accuracy for point in points)
 

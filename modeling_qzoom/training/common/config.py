@@ -1,43 +1,42 @@
 """Options that several stages share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...asking.config import ModelConfig
+from ...asking.session import check_output_format
 from ...data.config import DataConfig
+from ...data.options import check_positive, option
 
 
 @dataclass
 class LabelConfig(ModelConfig, DataConfig):
-    """Stages that run the model over rows and write shards.
+    """Labels that are made by running the model over rows."""
 
-    Args:
-        output: Folder of the shards; what it holds already is kept and not made again.
-        batch_size: Rows per forward pass.
-        shard_size: Rows per shard; a stop loses at most the shard at work.
-    """
+    output: str = option("", "folder of the labels; what it holds already is kept and not made again")
+    batch_size: int = option(8, "rows per forward pass")
+    shard_size: int = option(256, "rows per file of labels; a stop loses at most the file at work")
 
-    output: str = ""
-    batch_size: int = 8
-    shard_size: int = 256
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "shard_size")
 
 
 @dataclass
 class TrainConfig(ModelConfig):
-    """Stages that train.
+    """Training on labels."""
 
-    Args:
-        labels: Folder of the labels, as the labelling stage wrote them.
-        output: Folder of the finished checkpoint; Trainer's own checkpoints lie in its `trainer`.
-        output_format: "full", or "addon" (branches and adapters only; the only one for a 4-bit backbone).
-        other_backbone: Accept labels that were made by another backbone, such as the same one in 16 bit.
-        seed: Of drawing, shuffling and initialisation.
-        trainer: Arguments of `transformers.TrainingArguments` that win over the stage's defaults.
-    """
+    labels: str = option("", "folder of the labels, as the labelling stage wrote them")
+    output: str = option("", "folder of the finished checkpoint; Trainer's own checkpoints lie in its folder trainer")
+    output_format: str = option(
+        "full", "full, or addon (branches and adapters only; the only one for a 4-bit backbone)"
+    )
+    other_backbone: bool = option(
+        False, "accept labels that were made by another backbone, such as the same one in 16 bit"
+    )
+    seed: int = option(0, "seed of drawing, shuffling and initialisation")
+    trainer: dict[str, Any] = option({}, "arguments of transformers.TrainingArguments that win over the stage's own")
 
-    labels: str = ""
-    output: str = ""
-    output_format: str = "full"
-    other_backbone: bool = False
-    seed: int = 0
-    trainer: dict[str, Any] = field(default_factory=dict)
+    def __post_init__(self) -> None:
+        check_output_format(self.output_format)
+        if self.load_in_4bit and self.output_format != "addon":
+            raise ValueError("A 4-bit backbone is not written out: set output_format=addon.")

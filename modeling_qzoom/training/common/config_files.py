@@ -11,6 +11,9 @@ from typing import Any, TypeVar, Union
 
 Config = TypeVar("Config")
 
+# options that every stage which has them needs
+REQUIRED = ("model", "data", "labels", "output")
+
 
 def _number_of_text(value: Any) -> Any:
     """YAML reads 1e-4 as text; as a number where it is one."""
@@ -127,7 +130,7 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: list[str
                 raise ValueError(f"{name}: {parent} holds a value, not options.")
         place[last] = _parse_yaml(text, f"The value of {name}={text}")
     config = build_config(kind, values)
-    for name in ("model", "data", "labels", "output"):
+    for name in REQUIRED:
         if getattr(config, name, None) == "":
             raise ValueError(f"The configuration lacks {name!r}; set it in the file or as {name}=….")
     return config

@@ -43,7 +43,7 @@ def check_gate(model: QZoomForConditionalGeneration) -> GateBranch:
     """The model's gate.
 
     Raises:
-        ValueError: It has none.
+        ValueError: it has none.
     """
     if model.zoom.gate is None:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""From labels back to the rows they were made from: training reads the images again instead of copying them."""
+"""Shards of labels in a folder: written whole or not at all, each row in exactly one of them.
+
+A manifest says what the labels were made from. Processes share the shards among them.
+"""
 
 import dataclasses
 import json
@@ -10,8 +13,8 @@ from typing import Any
 
 from ...data.bad_rows import BadRows
 from ...data.config import DataConfig
-from ...data.files import read_json, write_json
-from ...data.readers import load_rows, read_parquet
+from ...data.files import read_json, write_json, written_whole
+from ...data.readers import read_parquet
 from ...data.rows import Row, Rows
 
 
@@ -23,24 +26,6 @@ def data_settings(config: DataConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(DataConfig)}
 
 
-def labelled_rows(folder: str | Path, stage: str) -> dict[str, Row]:
-    """The rows that a folder of labels was made from, by id.
-
-    Raises:
-        ValueError: The folder holds no finished labels of this stage, or its data is gone or has changed.
-    """
-    manifest = read_manifest(folder, stage)
-    names = [field.name for field in dataclasses.fields(DataConfig)]
-    source = DataConfig(**{name: manifest["settings"][name] for name in names})
-    rows = load_rows(source)
-    if rows.fingerprint != manifest["rows"]:
-        raise ValueError(
-            f"labels={folder} were made from {source.data}, whose rows have changed since; run {stage!r} again into "
-            "another folder, or bring the old data back."
-        )
-    return {row.id: row for row in rows}
-
-
 MANIFEST = "labels.json"
 _REMAKE = "delete this file and run its stage again, which makes no other labels anew"
 
@@ -49,11 +34,11 @@ _REMAKE = "delete this file and run its stage again, which makes no other labels
 class Manifest:
     """What a folder of labels was made from.
 
-    Args:
-        stage: Name of the stage.
-        backbone: `fingerprint` of the VLM that made them.
-        rows: Fingerprint of the rows.
-        settings: Everything else that the labels depend on.
+    Attributes:
+        stage: name of the stage.
+        backbone: fingerprint of the VLM that made them.
+        rows: fingerprint of the rows.
+        settings: everything else that the labels depend on.
     """
 
     stage: str
@@ -63,8 +48,10 @@ class Manifest:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises:
-    ValueError: The file is damaged.
+    """A manifest as it stands in its file.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     way_out = "delete its folder to make the labels anew"
     held = read_json(path, way_out, [field.name for field in fields(Manifest)] + ["shards"])
@@ -84,9 +71,8 @@ def write_shard(path: Path, records: list[dict[str, Any]], skipped: list[str]) -
 
     table = pyarrow.Table.from_pylist(records) if records else pyarrow.table({"id": pyarrow.array([], "string")})
     table = table.replace_schema_metadata({"skipped": json.dumps(skipped)})
-    partial = path.with_suffix(".partial")
-    parquet.write_table(table, partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        parquet.write_table(table, partial)
 
 
 def _skipped(path: Path) -> list[str]:
@@ -104,12 +90,12 @@ class ShardStore:
     """A folder of label shards.
 
     Args:
-        folder: Where they lie; made if it does not exist.
-        manifest: What they are made from.
-        count: Number of shards.
+        folder: where they lie; made if it does not exist.
+        manifest: what they are made from.
+        count: number of shards.
 
     Raises:
-        ValueError: The folder holds labels made from something else.
+        ValueError: the folder holds labels made from something else.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, count: int) -> None:
@@ -140,21 +126,23 @@ class ShardStore:
         """Make the shards of this process that do not exist yet.
 
         Args:
-            rows: All rows.
-            shard_size: Rows per shard.
-            label: From the rows of a shard to their records; notes the rows that it cannot use.
-            rank, world: Which of how many processes this is.
+            rows: all rows.
+            shard_size: rows per shard.
+            label: makes of a shard's rows their labels by column; notes the rows that it cannot use.
+            rank: number of this process.
+            world: number of processes.
         """
         from tqdm.auto import tqdm
 
-        own = range(rank, self.count, world)
-        missing = [number for number in own if not _shard_path(self.folder, number, self.count).exists()]
-        if len(missing) < len(own):
-            logger.info("%s: %d of %d shards exist already", self.folder, len(own) - len(missing), len(own))
+        numbers = range(rank, self.count, world)
+        missing = [number for number in numbers if not _shard_path(self.folder, number, self.count).exists()]
+        if len(missing) < len(numbers):
+            existing = len(numbers) - len(missing)
+            logger.info("%s: %d of %d shards exist already", self.folder, existing, len(numbers))
         for number in tqdm(missing, desc=self.folder.name, unit="shard", disable=rank > 0):
-            chosen = rows[number * shard_size : (number + 1) * shard_size]
+            shard = rows[number * shard_size : (number + 1) * shard_size]
             bad = BadRows(self.folder.name)
-            records = label(chosen, bad)
+            records = label(shard, bad)
             write_shard(_shard_path(self.folder, number, self.count), records, bad.found)
 
     def skipped(self) -> list[str]:
@@ -174,12 +162,10 @@ def make_labels(
     """Label rows into a folder, together with the other processes of this run; existing shards are kept.
 
     Raises:
-        ValueError: The folder holds other labels, or more rows were unusable than not.
+        ValueError: the folder holds other labels, or more rows were unusable than not.
     """
     from accelerate import PartialState
 
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     # other bounds between shards would lose rows or make them twice
     manifest = replace(manifest, settings={**manifest.settings, "shard_size": shard_size})
     state = PartialState()
@@ -196,7 +182,7 @@ def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:
     """What a folder of labels was made from.
 
     Raises:
-        ValueError: It holds no labels of this stage, or not all of them yet.
+        ValueError: it holds no labels of this stage, or not all of them yet.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -215,19 +201,30 @@ def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:
 
 
 def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterator[dict[str, Any]]:
-    """All records of a finished folder, in order.
+    """All labels of a finished folder by column, in order.
 
     Args:
-        backbone: Fingerprint of the VLM that is to be trained on them; None does not compare.
+        folder: where they lie.
+        stage: name of the stage that made them.
+        backbone: fingerprint of the VLM that is to be trained on them; None does not compare.
 
     Raises:
-        ValueError: The labels are unfinished, damaged, of another stage, or made by another backbone.
+        ValueError: the labels are unfinished, damaged, of another stage, or made by another backbone.
     """
-    held = read_manifest(folder, stage)
+    yield from labels_of(folder, read_manifest(folder, stage), backbone)
+
+
+def labels_of(folder: str | Path, held: dict[str, Any], backbone: str | None) -> Iterator[dict[str, Any]]:
+    """As `read_labels`, of a folder whose manifest is read already.
+
+    Args:
+        held: manifest of the folder.
+    """
     if backbone is not None and held["backbone"] != backbone:
         raise ValueError(
-            f"labels={folder} were made by another backbone than the model that is to be trained: run {stage!r} with "
-            "this model first, or set other_backbone=true if you know that it only differs in precision."
+            f"labels={folder} were made by another backbone than the model that is to be trained: run "
+            f"{held['stage']!r} with this model first, or set other_backbone=true if you know that it only differs in "
+            "precision."
         )
     names: set[str] = set()
     for number in range(held["shards"]):

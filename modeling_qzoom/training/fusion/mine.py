@@ -6,7 +6,7 @@ Every row is recorded, so that counts can be trusted and rows both got right can
 import collections
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
@@ -15,12 +15,13 @@ from ...asking.answers import greedy_answers
 from ...asking.fingerprints import backbone_fingerprint, region_fingerprint
 from ...asking.judges import Judge, judge_for
 from ...asking.session import Session, open_session
-from ...data.bad_rows import BadRows
 from ...data.readers import load_rows
 from ...data.rows import Row, Rows
 from ...zoom_options_qzoom import resolve_options
 from ..common.label_store import Manifest, data_settings, make_labels, read_labels
+from ..common.labelling import Labeler
 from .config import MineFusionConfig
+from .record import FusionRecord
 
 
 logger = logging.getLogger(__name__)
@@ -41,49 +42,31 @@ _CASES = {
 }
 
 
-@dataclasses.dataclass
-class FusionMiner:
-    """Labels the rows of a shard.
+class FusionMiner(Labeler[tuple[Row, Image.Image], FusionRecord]):
+    """Labels the rows of a shard with the plain and the zoomed answer.
 
     Args:
-        session: The model.
-        judge: Who decides.
-        batch_size: Rows per call of `generate`.
+        session: the model.
+        judge: who decides whether an answer is right.
+        batch_size: rows per call of `generate`.
     """
 
-    session: Session
-    judge: Judge
-    batch_size: int
+    def __init__(self, session: Session, judge: Judge, batch_size: int) -> None:
+        super().__init__(session, batch_size)
+        self.judge = judge
 
-    def __call__(self, rows: Sequence[Row], bad: BadRows) -> list[dict[str, Any]]:
-        """The records of the usable rows, in order."""
-        usable: list[tuple[Row, Image.Image]] = []
-        records: list[dict[str, Any]] = []
-        for row in rows:
-            try:
-                if not row.answers:
-                    raise ValueError("it has no answer to judge by")
-                usable.append((row, row.load_image(self.session.processor.max_source_pixels)))
-            except ValueError as error:
-                bad.add(row.id, str(error))
-            if len(usable) == self.batch_size:
-                records += self._mine(usable, bad)
-                usable = []
-        return records + self._mine(usable, bad)
+    def load(self, row: Row) -> tuple[Row, Image.Image]:
+        """The row and its image."""
+        if not row.answers:
+            raise ValueError("it has no answer to judge by")
+        return row, self.image_of(row)
 
-    def _mine(self, batch: list[tuple[Row, Image.Image]], bad: BadRows) -> list[dict[str, Any]]:
-        if not batch:
-            return []
-        images, questions = [image for _, image in batch], [row.question for row, _ in batch]
-        try:
-            plain = greedy_answers(self.session, images, questions, zoom="never")
-            zoomed, reports = greedy_answers(self.session, images, questions, reports=True, zoom="always")
-        except ValueError as error:
-            if len(batch) > 1:  # find the image that the processor refuses
-                return [record for item in batch for record in self._mine([item], bad)]
-            bad.add(batch[0][0].id, str(error))
-            return []
-        rows = [row for row, _ in batch]
+    def label(self, batch: list[tuple[Row, Image.Image]]) -> list[FusionRecord]:
+        """A record for each row."""
+        rows, images = [row for row, _ in batch], [image for _, image in batch]
+        questions = [row.question for row in rows]
+        plain = greedy_answers(self.session, images, questions, zoom="never")
+        zoomed, reports = greedy_answers(self.session, images, questions, reports=True, zoom="always")
         plain_right = self._judge(rows, plain)
         changed = [place for place, texts in enumerate(zip(plain, zoomed)) if texts[0] != texts[1]]
         zoomed_right = list(plain_right)
@@ -91,17 +74,16 @@ class FusionMiner:
         for place, verdict in zip(changed, verdicts):
             zoomed_right[place] = verdict
         return [
-            {
-                "id": row.id,
-                "question": row.question,
-                "answers": list(row.answers),
-                "plain": plain[place],
-                "zoomed": zoomed[place],
-                "plain_right": plain_right[place],
-                "zoomed_right": zoomed_right[place],
-                "regression": plain_right[place] and not zoomed_right[place],
-                "box": list(reports[place].box or ()) if reports[place].zoomed else None,
-            }
+            FusionRecord(
+                id=row.id,
+                question=row.question,
+                answers=row.answers,
+                plain=plain[place],
+                zoomed=zoomed[place],
+                plain_right=plain_right[place],
+                zoomed_right=zoomed_right[place],
+                box=reports[place].box if reports[place].zoomed else None,
+            )
             for place, row in enumerate(rows)
         ]
 
@@ -109,10 +91,10 @@ class FusionMiner:
         return self.judge.judge([row.question for row in rows], [row.answers for row in rows], answers)
 
 
-def count_cases(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+def count_cases(records: Iterable[FusionRecord]) -> dict[str, int]:
     """How many rows fell under each of the four cases."""
-    found = collections.Counter((record["plain_right"], record["zoomed_right"]) for record in records)
-    return {name: found[case] for case, name in _CASES.items()}
+    counts = collections.Counter((record.plain_right, record.zoomed_right) for record in records)
+    return {name: counts[case] for case, name in _CASES.items()}
 
 
 def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
@@ -135,8 +117,10 @@ def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
 
 
 def _check_answers(rows: Rows, data: str) -> None:
-    """Raises:
-    ValueError: Most rows have no answer.
+    """Check that a judge has something to judge by.
+
+    Raises:
+        ValueError: most rows have no answer.
     """
     without = sum(not row.answers for row in rows)
     if 2 * without > len(rows):
@@ -149,15 +133,13 @@ def run(config: MineFusionConfig) -> None:
     """Mine the rows into `config.output`, going on where it was stopped.
 
     Raises:
-        ValueError: Data, judge or output do not fit.
+        ValueError: data, judge or output do not fit.
     """
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
     rows = load_rows(config)
     _check_answers(rows, config.data)
     session = open_session(config)
     judge = judge_for(config.judge, session)
     manifest = Manifest(STAGE, backbone_fingerprint(session.model), rows.fingerprint, _settings(config, session))
     make_labels(config.output, manifest, rows, config.shard_size, FusionMiner(session, judge, config.batch_size))
-    for name, count in count_cases(list(read_labels(config.output, STAGE, None))).items():
+    for name, count in count_cases(map(FusionRecord.from_row, read_labels(config.output, STAGE, None))).items():
         logger.info("%s: %d", name, count)

@@ -16,36 +16,37 @@ from ...asking.chats import encode_prompts, render, stack_features
 from ...asking.config import ModelConfig
 from ...backbones_qzoom import spec_for_model_type
 from ...data.rows import Box, Row
+from ...training_losses_qzoom import IGNORED
+from ..common.trainer import Key
 from .config import TrainFusionConfig
+from .record import FusionRecord
 
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 
-
-def choose_records(records: Sequence[dict[str, Any]], anchor_share: float, seed: int) -> list[dict[str, Any]]:
+def choose_records(records: Sequence[FusionRecord], anchor_share: float, seed: int) -> list[FusionRecord]:
     """The rows that got worse by zooming, and some that both ways got right.
 
     Args:
-        records: Of `mine-fusion`.
-        anchor_share: Share of the latter in the result; fewer where there are not that many.
-        seed: Of drawing them.
+        records: labels of `mine-fusion`.
+        anchor_share: share of the latter in the result; fewer where there are not that many.
+        seed: seed of drawing them.
 
     Raises:
-        ValueError: No row got worse.
+        ValueError: no row got worse.
     """
-    worse = [record for record in records if record["regression"]]
+    worse = [record for record in records if record.regression]
     if not worse:
         raise ValueError(
             f"none of {len(records)} mined rows got worse by zooming: stage 2 is not needed for them. Go on with "
             "label-gates, or mine harder or more rows."
         )
-    both = [record for record in records if record["plain_right"] and record["zoomed_right"] and record["box"]]
-    wanted = round(len(worse) * anchor_share / (1 - anchor_share))
-    if wanted > len(both):
-        logger.warning("anchor_share asks for %d rows that both ways got right; there are %d", wanted, len(both))
-    anchors = random.Random(seed).sample(both, min(wanted, len(both)))
+    both = [record for record in records if record.plain_right and record.zoomed_right and record.box]
+    count = round(len(worse) * anchor_share / (1 - anchor_share))
+    if count > len(both):
+        logger.warning("anchor_share asks for %d rows that both ways got right; there are %d", count, len(both))
+    anchors = random.Random(seed).sample(both, min(count, len(both)))
     logger.info("%d rows that got worse by zooming, %d anchors", len(worse), len(anchors))
     return [*worse, *anchors]
 
@@ -55,8 +56,9 @@ def random_box(size: tuple[int, int], side: Sequence[float], smallest: int, rng:
 
     Args:
         size: (width, height) in pixels.
-        side: Range of its sides as shares of the image's.
-        smallest: Least side in pixels, as far as the image has it.
+        side: range of its sides as shares of the image's.
+        smallest: least side in pixels, as far as the image has it.
+        rng: source of the draws.
     """
     spans = []
     for length in size:
@@ -74,7 +76,7 @@ def target_texts(processor: QZoomProcessor, question: str, answer: str, config: 
     learn to stop.
 
     Raises:
-        ValueError: The chat template does not extend a chat by appending to it.
+        ValueError: the chat template does not extend a chat by appending to it.
     """
     prompt = render(processor, [(question, None)], config)
     text = render(processor, [(question, answer)], config)
@@ -107,20 +109,20 @@ def encode_target(
     return {**feature, "labels": labels}
 
 
-class FusionSamples(Dataset):
-    """Model inputs of the chosen rows, one by one.
+class FusionSamples(Dataset[dict[str, Any]]):
+    """Model inputs of rows, one by one.
 
     Args:
-        processor: At the stage's coarse budget.
-        records: Of `mine-fusion`, chosen.
-        rows: The rows they were made from, by id.
-        config: Its prompts, `random_box_share`, `random_box_side` and `seed`.
+        processor: processor at the stage's coarse budget.
+        records: labels of the rows, from `choose_records`.
+        rows: rows that they were made from, by id.
+        config: options with prompts, `random_box_share`, `random_box_side` and `seed`.
     """
 
     def __init__(
         self,
         processor: QZoomProcessor,
-        records: Sequence[dict[str, Any]],
+        records: Sequence[FusionRecord],
         rows: dict[str, Row],
         config: TrainFusionConfig,
     ) -> None:
@@ -133,26 +135,28 @@ class FusionSamples(Dataset):
         """Where a sample looks in an epoch: at the mined box, or at a random one.
 
         Args:
+            epoch: number of the epoch.
+            index: place of the sample.
             size: (width, height) of the image in pixels.
         """
         record = self.records[index]
-        rng = random.Random(f"{self.config.seed}/{epoch}/{record['id']}")
-        if rng.random() < self.config.random_box_share:
+        rng = random.Random(f"{self.config.seed}/{epoch}/{record.id}")
+        # a record without a box is never trained on; without this check a type checker does not know it
+        if rng.random() < self.config.random_box_share or record.box is None:
             smallest = spec_for_model_type(self.processor.backbone_model_type).min_box_side
             return random_box(size, self.config.random_box_side, smallest, rng)
-        x0, y0, x1, y1 = record["box"]
-        return x0, y0, x1, y1
+        return record.box
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         """Inputs of the sample `key[1]` in epoch `key[0]`, with `labels` (1, n) and its `zoom_boxes`.
 
         Raises:
-            ValueError: Its image cannot be read any more.
+            ValueError: its image cannot be read any more.
         """
         epoch, index = key
         record = self.records[index]
-        image = self.rows[record["id"]].load_image(self.processor.max_source_pixels)
-        feature = encode_target(self.processor, image, record["question"], record["plain"], self.config)
+        image = self.rows[record.id].load_image(self.processor.max_source_pixels)
+        feature = encode_target(self.processor, image, record.question, record.plain, self.config)
         return {**feature, "zoom_boxes": [self.box(epoch, index, image.size)]}
 
 

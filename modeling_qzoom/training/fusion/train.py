@@ -3,11 +3,10 @@
 Vision tower, embeddings of the prompt, region branch and gate stay as they are.
 """
 
-import functools
-import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import transformers
@@ -16,19 +15,16 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ... import QZoomForConditionalGeneration
-from ...asking.fingerprints import backbone_fingerprint
-from ...asking.session import Session, open_session
+from ...asking.session import Session
 from ...loading_addons_qzoom import has_unmerged_lora
-from ..common.label_store import labelled_rows, read_labels
-from ..common.run import is_finished, train
+from ..common.labelled import Labelled
+from ..common.run import train
+from ..common.stage import Parts, TrainStage
 from .config import TrainFusionConfig
-from .mine import STAGE as MINING
+from .record import FusionRecord
 from .samples import FusionSamples, choose_records, collate_fusion
 
 
-logger = logging.getLogger(__name__)
-
-STAGE = "train-fusion"
 _PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 _LORA = {"r": 16, "lora_alpha": 32}
 _LEARNING_RATE = {"full": 1e-6, "lora": 1e-4}  # the paper's is for full training
@@ -82,79 +78,44 @@ def _add_lora(model: QZoomForConditionalGeneration, config: TrainFusionConfig) -
     return [weight for name, weight in model.named_parameters() if "lora_" in name]
 
 
-def trained_parts(session: Session, config: TrainFusionConfig) -> Iterable[nn.Module | nn.Parameter]:
-    """What the method trains: an adapter, or the decoder's layers and the output embedding."""
-    model = session.model
-    if config.method == "lora":
-        return _add_lora(model, config)
-    return [model.get_decoder().layers, model.get_output_embeddings()]
+class FusionStage(TrainStage[TrainFusionConfig, FusionRecord]):
+    """Stage 2: the decoder on the rows of `mine-fusion`."""
 
+    name, labels = "train-fusion", "mine-fusion"
 
-def merges(config: TrainFusionConfig) -> bool:
-    """Whether the adapter is merged in the end: unless told otherwise, where the whole model is written."""
-    wanted = config.output_format == "full" if config.merge is None else config.merge
-    return wanted and config.method == "lora"
+    def record(self, row: dict[str, Any]) -> FusionRecord:
+        return FusionRecord.from_row(row)
 
+    def check(self) -> None:
+        if self.config.method == "lora":
+            check_peft()
 
-def check_config(config: TrainFusionConfig) -> None:
-    """Raises:
-    ValueError: Options that are out of range or do not go together.
-    """
-    if config.method not in ("lora", "full"):
-        raise ValueError(f"method must be 'lora' or 'full', got {config.method!r}.")
-    if not 0 <= config.random_box_share <= 1:
-        raise ValueError(f"random_box_share must lie in [0, 1], got {config.random_box_share}.")
-    if not 0 <= config.anchor_share < 1:
-        raise ValueError(f"anchor_share must lie in [0, 1), got {config.anchor_share}.")
-    side = config.random_box_side
-    if len(side) != 2 or not 0 < side[0] <= side[1] <= 1:
-        raise ValueError(f"random_box_side must be two shares [low, high] in (0, 1], got {side}.")
-    if config.method == "full":
-        if config.load_in_4bit:
-            raise ValueError("method=full cannot train a backbone in 4 bit: set method=lora or load_in_4bit=false.")
-        if config.output_format == "addon":
-            raise ValueError(
-                "method=full changes the backbone, which an add-on does not hold: set output_format=full."
-            )
-        return
-    if config.output_format == "full" and config.merge is False:
-        raise ValueError(
-            "A full checkpoint has no place for an unmerged adapter: set merge=true, or output_format=addon to keep "
-            "the adapter beside its base."
-        )
-    if config.output_format == "addon" and config.merge:
-        raise ValueError("An add-on does not hold the backbone that a merged adapter changes: set output_format=full.")
+    def dataset(self, labelled: Labelled[FusionRecord]) -> FusionSamples:
+        records = choose_records(labelled.records, self.config.anchor_share, self.config.seed)
+        return FusionSamples(labelled.session.processor, records, labelled.rows, self.config)
+
+    def parts(self, session: Session) -> Parts:
+        """What the method trains: an adapter, or the decoder's layers and the output embedding."""
+        if self.config.method == "lora":
+            return _add_lora(session.model, self.config)
+        return [session.model.get_decoder().layers, session.model.get_output_embeddings()]
+
+    def collate(self, items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+        return collate_fusion(items, pad_token_id)
+
+    def defaults(self) -> dict[str, Any]:
+        return {"learning_rate": _LEARNING_RATE[self.config.method], **_BATCH}
+
+    def finish(self, session: Session) -> None:
+        if self.config.merges:
+            session.model.merge_lora()
 
 
 def run(config: TrainFusionConfig) -> None:
     """Train on the mined rows and write the checkpoint to `config.output`.
 
     Raises:
-        ValueError: Labels, model or options do not fit, or no row got worse by zooming.
+        ValueError: labels, model or options do not fit, or no row got worse by zooming.
         ImportError: peft is missing, or too old for this transformers.
     """
-    check_config(config)
-    if is_finished(config, STAGE):
-        return
-    if config.method == "lora":
-        check_peft()
-    rows = labelled_rows(config.labels, MINING)
-    session = open_session(config)
-    backbone = None if config.other_backbone else backbone_fingerprint(session.model)
-    records = choose_records(list(read_labels(config.labels, MINING, backbone)), config.anchor_share, config.seed)
-    samples = FusionSamples(session.processor, records, rows, config)
-
-    def finish(trained: Session) -> None:
-        if merges(config):
-            trained.model.merge_lora()
-
-    train(
-        STAGE,
-        session,
-        config,
-        functools.partial(trained_parts, config=config),
-        samples,
-        functools.partial(collate_fusion, pad_token_id=session.processor.tokenizer.pad_token_id),
-        defaults={"learning_rate": _LEARNING_RATE[config.method], **_BATCH},
-        finish=finish,
-    )
+    train(FusionStage(config))

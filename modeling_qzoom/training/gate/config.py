@@ -1,38 +1,49 @@
 """Options of the gate stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...asking.budgets import check_ladder
 from ...asking.config import JudgeConfig
+from ...data.options import option
 from ..common.config import LabelConfig, TrainConfig
+
+
+LABELINGS = ("consistent", "naive")
 
 
 @dataclass
 class LabelGatesConfig(LabelConfig):
-    """`label-gates` (stage 3 data): answers on a ladder of resolutions (paper III-B1).
+    """`label-gates` (stage 3 data): answers on a ladder of resolutions (paper III-B1)."""
 
-    Args:
-        ladder: Budgets in tokens, ascending.
-        judge: Compares answers with each other and with the annotation.
-    """
+    ladder: list[int] = option([64, 128, 256, 512], "budgets in tokens, ascending")
+    judge: JudgeConfig = option(
+        JudgeConfig(kind="contains"), "who compares answers with each other and with the annotation"
+    )
 
-    ladder: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(kind="contains"))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ladder(self.ladder)
 
 
 @dataclass
 class TrainGateConfig(TrainConfig):
-    """`train-gate` (stage 3).
+    """`train-gate` (stage 3): the gate learns when the coarse view is enough."""
 
-    Args:
-        labeling: "consistent" (the paper's rule) or "naive" (wrong at the coarse budget needs zoom; the ablation).
-        reset: Start from copies of the backbone's layers.
-        easy_share: Most easy rows per row with a transition.
-        draw_high: Share of draws of a transition row at one of its two highest wrong rungs; the rest show a right one.
-        skip_top: Highest rungs that are never drawn with a label 0.
-    """
+    labeling: str = option(
+        "consistent", "consistent (the paper's rule) or naive (wrong at the coarse budget needs zoom; the ablation)"
+    )
+    reset: bool = option(True, "start from copies of the backbone's layers")
+    easy_share: float = option(1.0, "most easy rows per row with a transition")
+    draw_high: float = option(
+        0.9, "share of draws of a transition row at one of its two highest wrong rungs; the rest show a right one"
+    )
+    skip_top: int = option(2, "highest rungs that are never drawn with a label 0")
 
-    labeling: str = "consistent"
-    reset: bool = True
-    easy_share: float = 1.0
-    draw_high: float = 0.9
-    skip_top: int = 2
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labeling not in LABELINGS:
+            raise ValueError(f"labeling must be one of {list(LABELINGS)}, got {self.labeling!r}.")
+        if not 0 <= self.draw_high <= 1:
+            raise ValueError(f"draw_high must lie in [0, 1], got {self.draw_high}.")
+        if self.easy_share <= 0:
+            raise ValueError(f"easy_share must be positive, got {self.easy_share}.")

@@ -11,20 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .config import TrainGateConfig
-from .record import GateRow, Record, Rung
+from .record import GateRecord, GateRow
 
 
 logger = logging.getLogger(__name__)
 
+# index of a rung on the ladder, and the label of the view at this resolution: 1 where it is not enough
+Rung = tuple[int, int]
 
-def consistent_row(record: Record) -> GateRow | str:
+
+def consistent_row(record: GateRecord) -> GateRow | str:
     """The row, or why it says nothing.
 
     A row without an annotation is judged by its consensus alone, the answer on which the two highest rungs agree.
     """
-    if not all(record["agrees"][-2:]):
+    if not all(record.agrees[-2:]):
         return "the two highest rungs disagree"
-    verdicts = record["agrees"] if record["right"] is None else record["right"]
+    verdicts = record.agrees if record.right is None else record.right
     if not verdicts[-1]:
         return "the consensus is not the annotation"
     wrong = verdicts.index(True)
@@ -33,11 +36,11 @@ def consistent_row(record: Record) -> GateRow | str:
     return GateRow(record, wrong)
 
 
-def naive_row(record: Record, rung: int) -> GateRow | str:
+def naive_row(record: GateRecord, rung: int) -> GateRow | str:
     """The row by one rung alone; nothing but a missing annotation drops it."""
-    if record["right"] is None:
+    if record.right is None:
         return "there is no annotation"
-    return GateRow(record, 0 if record["right"][rung] else rung + 1)
+    return GateRow(record, 0 if record.right[rung] else rung + 1)
 
 
 def coarse_rung(ladder: Sequence[int], max_tokens: int | None) -> int:
@@ -47,22 +50,21 @@ def coarse_rung(ladder: Sequence[int], max_tokens: int | None) -> int:
     return min(range(len(ladder)), key=lambda index: abs(math.log(ladder[index] / max_tokens)))
 
 
-def select_rows(records: Sequence[Record], config: TrainGateConfig, coarse: int = 0) -> list[GateRow]:
+def select_rows(records: Sequence[GateRecord], config: TrainGateConfig, coarse: int = 0) -> list[GateRow]:
     """The rows to train on, in the records' order; counts them by kind.
 
     Args:
-        config: Its `labeling`, `easy_share` and `seed`.
-        coarse: Index of the rung by which naive labels are made.
+        records: labels of `label-gates`.
+        config: options with `labeling`, `easy_share` and `seed`.
+        coarse: index of the rung by which naive labels are made.
 
     Raises:
-        ValueError: An unknown labeling, or one of the two kinds of rows is missing.
+        ValueError: one of the two kinds of rows is missing.
     """
-    rules: dict[str, Callable[[Record], GateRow | str]] = {
+    rules: dict[str, Callable[[GateRecord], GateRow | str]] = {
         "consistent": consistent_row,
         "naive": lambda record: naive_row(record, coarse),
     }
-    if config.labeling not in rules:
-        raise ValueError(f"labeling must be one of {sorted(rules)}, got {config.labeling!r}.")
     judged = [rules[config.labeling](record) for record in records]
     for reason, count in sorted(Counter(row for row in judged if isinstance(row, str)).items()):
         logger.info("%d of %d rows dropped: %s", count, len(records), reason)
@@ -86,9 +88,11 @@ def draw_rung(row: GateRow, rungs: int, config: TrainGateConfig, rng: random.Ran
     """The resolution at which a row is shown in an epoch, and its label there.
 
     Args:
-        rungs: Length of the ladder.
-        config: Its `labeling`, `skip_top` and `draw_high`.
-        coarse: Index of the rung by which naive labels were made.
+        row: the row.
+        rungs: number of rungs of the ladder.
+        config: options with `labeling`, `skip_top` and `draw_high`.
+        rng: source of the draws.
+        coarse: index of the rung by which naive labels were made.
     """
     if config.labeling == "naive":
         return coarse, int(row.wrong > 0)
@@ -101,12 +105,14 @@ def draw_rung(row: GateRow, rungs: int, config: TrainGateConfig, rng: random.Ran
 
 
 def check_draws(rungs: int, config: TrainGateConfig) -> None:
-    """Raises:
-    ValueError: The ladder leaves nothing to draw, or a share is none.
+    """Check that a ladder leaves something to draw.
+
+    Args:
+        rungs: number of rungs of the ladder.
+        config: options with `skip_top`.
+
+    Raises:
+        ValueError: no rung is left.
     """
     if not 0 <= config.skip_top < rungs:
         raise ValueError(f"skip_top must leave a rung of the ladder of {rungs}, got {config.skip_top}.")
-    if not 0 <= config.draw_high <= 1:
-        raise ValueError(f"draw_high must lie in [0, 1], got {config.draw_high}.")
-    if config.easy_share <= 0:
-        raise ValueError(f"easy_share must be positive, got {config.easy_share}.")

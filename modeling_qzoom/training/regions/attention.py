@@ -1,11 +1,10 @@
-"""Where a model looks while it answers: response-to-image attention of chosen heads (paper III-C2, eq. 10).
+"""Where a model looks while it answers: response-to-image attention of some heads (paper III-C2, eq. 10).
 
-The response is the model's own. One more pass over prompt and response stops at the highest chosen layer and keeps its
-usual attention implementation; beside it, only the chosen heads' weights at the response's tokens are computed.
+The response is the model's own. One more pass over prompt and response stops at the highest layer of these heads and
+keeps its usual attention implementation; beside it, only the heads' weights at the response's tokens are computed.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,90 +12,21 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ... import QZoomForConditionalGeneration
-from ...asking.chats import stack_features
-from ...asking.session import Session
 from ...backbone_layers_qzoom import Rotary, run_layers
 from ...prompt_qzoom import prompt_images
 from ...zoom_coarse_qzoom import CoarseView, coarse_view
-from .config import Heads
-
-
-QUERY_TOKENS = ("response", "before")
-
-
-@dataclass(frozen=True)
-class Response:
-    """What the model answered to one prompt.
-
-    Args:
-        ids: (n,) generated tokens up to the end-of-sequence token, which is not among them.
-        ended: Whether it ended by itself; otherwise the longest allowed answer was reached.
-    """
-
-    ids: Tensor
-    ended: bool
-
-
-@torch.no_grad()
-def respond(model: QZoomForConditionalGeneration, inputs: dict[str, Any], max_new_tokens: int) -> list[Response]:
-    """Greedy responses of the plain VLM, without zooming.
-
-    Args:
-        inputs: A batch of the processor, padded on the left, on the model's device.
-        max_new_tokens: Longest response.
-    """
-    visual = [model.config.image_token_id, model.config.video_token_id]
-    output = model.generate(
-        **inputs,
-        zoom="never",
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        # the pass over the response would look for an image behind such a token
-        suppress_tokens=[token for token in visual if token is not None],
-    )
-    new = output[:, inputs["input_ids"].shape[1] :]  # (B, n)
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    ends = torch.isin(new, torch.tensor(stops, device=new.device, dtype=new.dtype))
-    lengths = torch.where(ends.any(1), ends.int().argmax(1), new.shape[1]).tolist()
-    return [
-        Response(ids[:length], ended) for ids, length, ended in zip(new, lengths, ends.any(1).tolist(), strict=True)
-    ]
-
-
-def all_heads(model: QZoomForConditionalGeneration) -> Heads:
-    """Every head of every decoder layer below the last."""
-    config = model.config.get_text_config()
-    return {layer: list(range(config.num_attention_heads)) for layer in range(config.num_hidden_layers - 1)}
-
-
-def count_heads(heads: Heads) -> int:
-    """Number of heads in a table."""
-    return sum(len(chosen) for chosen in heads.values())
-
-
-def check_heads(model: QZoomForConditionalGeneration, heads: Heads) -> None:
-    """Raises:
-    ValueError: The model has no such layer or head.
-    """
-    config = model.config.get_text_config()
-    layers, count = config.num_hidden_layers, config.num_attention_heads
-    for layer, chosen in heads.items():
-        if not 0 <= layer < layers:
-            raise ValueError(f"The heads name layer {layer}; the model has layers 0 to {layers - 1}.")
-        wrong = [head for head in chosen if not 0 <= head < count]
-        if wrong:
-            raise ValueError(f"The heads name {wrong} in layer {layer}; the model has heads 0 to {count - 1}.")
+from .config import Heads, check_query_tokens
+from .heads import all_heads, check_heads
+from .responses import Response
 
 
 def _queries(start: int, responses: Sequence[Response], query_tokens: str) -> tuple[Tensor, Tensor]:
     """(B, Q) columns of the asking tokens, and (B, Q) which of them count.
 
     Args:
-        start: Column of the first response token.
+        start: column of the first response token.
     """
-    if query_tokens not in QUERY_TOKENS:
-        raise ValueError(f"query_tokens must be one of {list(QUERY_TOKENS)}, got {query_tokens!r}.")
+    check_query_tokens(query_tokens)
     if query_tokens == "before":
         counts = [len(response.ids) for response in responses]
         start -= 1
@@ -136,7 +66,8 @@ def _attention(
 
     Args:
         hidden: (B, n, D), what the layer receives.
-        columns, keep: From `_queries`.
+        columns: (B, Q) columns of the asking tokens.
+        keep: (B, Q) which of them count.
     """
     attention, device = layer.self_attn, hidden.device
     columns, keep = columns.to(device), keep.to(device)
@@ -145,8 +76,8 @@ def _attention(
     normed = layer.input_layernorm(hidden)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     width = attention.head_dim
-    asked = cos[rows, columns], sin[rows, columns]
-    queries = _project(normed[rows, columns], attention.q_proj, query_norm, width, asked)  # (B, Q, H, d)
+    at_queries = cos[rows, columns], sin[rows, columns]
+    queries = _project(normed[rows, columns], attention.q_proj, query_norm, width, at_queries)  # (B, Q, H, d)
     keys = _project(normed, attention.k_proj, key_norm, width, (cos, sin))  # (B, n, Hkv, d)
     group = queries.shape[2] // keys.shape[2]
     queries = queries[:, :, heads].float()
@@ -170,9 +101,9 @@ def response_maps(
     """Response-to-image attention, averaged over response tokens.
 
     Args:
-        inputs: The prompts, one image each, as they were given to `respond`.
-        responses: What it returned.
-        heads: Heads by layer; all below the last layer by default.
+        inputs: the prompts, one image each, as they were given to `respond`.
+        responses: what it returned.
+        heads: heads by layer; all below the last layer by default.
         query_tokens: "response": the response's tokens ask (without the end-of-sequence token; the last token of a
             response that was cut off does not); "before": the tokens in front of each of them, which predict it.
 
@@ -181,7 +112,7 @@ def response_maps(
         None for a row without a token that asks.
 
     Raises:
-        ValueError: A row has not exactly one image, or the model lacks a head.
+        ValueError: a row has not exactly one image, or the model lacks a head.
     """
     heads = all_heads(model) if heads is None else heads
     check_heads(model, heads)
@@ -194,7 +125,7 @@ def response_maps(
     view = coarse_view(model, ids, whole.get("attention_mask"), whole)
     decoder = model.vlm.get_decoder()
     hidden, reached = view.embeds, 0
-    found: list[list[Tensor]] = [[] for _ in spans]
+    maps: list[list[Tensor]] = [[] for _ in spans]
     for layer in sorted(layer for layer in heads if heads[layer]):
         hidden = run_layers(
             decoder,
@@ -208,70 +139,5 @@ def response_maps(
         reached = layer
         weights = _attention(decoder.layers[layer], hidden, view, columns, keep, heads[layer]).cpu()  # (B, heads, n)
         for row, (span,) in enumerate(spans):
-            found[row].append(weights[row, :, span.start : span.end].unflatten(1, span.grid))
-    return [torch.cat(maps) if asks else None for maps, asks in zip(found, keep.any(1).tolist(), strict=True)]
-
-
-def share_images(
-    model: QZoomForConditionalGeneration, features: Sequence[dict[str, Any]], images: Sequence[Hashable], pad: int
-) -> dict[str, Any]:
-    """One batch of rows, each distinct image of which goes through the vision tower once, for all passes over it.
-
-    Args:
-        features: Processor outputs of one row each.
-        images: What tells which rows show the same image at the same budget.
-        pad: Token id of the padding.
-
-    Returns:
-        Inputs of the model on its device, with `mm_encoder_outputs` in place of pixel values.
-    """
-    device = next(model.get_input_embeddings().parameters()).device
-    first: dict[Hashable, dict[str, Any]] = {}
-    for image, feature in zip(images, features, strict=True):
-        first.setdefault(image, feature)
-    names = [name for name in ("pixel_values", "image_grid_thw") if name in features[0]]
-    vision = {name: torch.cat([feature[name] for feature in first.values()]).to(device) for name in names}
-    encoded = model.vlm.get_image_features(**vision, return_dict=True)
-    places = [list(first).index(image) for image in images]
-    encoded.pooler_output = [encoded.pooler_output[place] for place in places]
-    if getattr(encoded, "deepstack_features", None):
-        encoded.deepstack_features = [[level[place] for place in places] for level in encoded.deepstack_features]
-    left_out = ("pixel_values", "source_images", "source_boxes")
-    batch = stack_features([{k: v for k, v in part.items() if k not in left_out} for part in features], pad)
-    return {**{name: value.to(device) for name, value in batch.items()}, "mm_encoder_outputs": {"image": encoded}}
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the model answered and where it looked.
-
-    Args:
-        response: Its answer without special tokens.
-        attention: (heads, h, w), from `response_maps`; None where the answer is empty.
-    """
-
-    response: str
-    attention: Tensor | None
-
-
-@torch.no_grad()
-def look(
-    session: Session,
-    features: Sequence[dict[str, Any]],
-    images: Sequence[Hashable],
-    heads: Heads | None = None,
-    query_tokens: str = "response",
-) -> list[Look]:
-    """Let the model answer rows in one batch, and read its attention.
-
-    Args:
-        session: Its configuration sets the longest answer.
-        features, images: As for `share_images`.
-        heads, query_tokens: As for `response_maps`.
-    """
-    tokenizer = session.processor.tokenizer
-    inputs = share_images(session.model, features, images, tokenizer.pad_token_id)
-    responses = respond(session.model, inputs, session.config.max_new_tokens)
-    maps = response_maps(session.model, inputs, responses, heads, query_tokens)
-    texts = [tokenizer.decode(response.ids, skip_special_tokens=True).strip() for response in responses]
-    return [Look(text, attention) for text, attention in zip(texts, maps, strict=True)]
+            maps[row].append(weights[row, :, span.start : span.end].unflatten(1, span.grid))
+    return [torch.cat(parts) if asks else None for parts, asks in zip(maps, keep.any(1).tolist(), strict=True)]

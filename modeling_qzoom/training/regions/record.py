@@ -1,67 +1,82 @@
-"""Records of region labels."""
+"""Records of `label-regions`: a question about an image, the model's response, and where it looked meanwhile."""
 
-import logging
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ...asking.metrics import exact_match
-from ...data.rows import by_image
-from ...training_losses_qzoom import IGNORED
-from .config import TriStateConfig
-from .rule import load_region_targets
+import numpy as np
+
+from ...data.rows import Box
+from ...zoom_regions_qzoom import Rectangle
 
 
-logger = logging.getLogger(__name__)
+@dataclass(frozen=True, eq=False)
+class RegionRecord:
+    """One label of `label-regions`; thresholds apply when it is loaded.
 
-
-Record = dict[str, Any]
-
-
-def coarse_grid(record: Record, max_tokens: int | None) -> tuple[int, int]:
-    """(h, w) that a record's map has at a budget, up to rounding: enough to see whether it holds labels."""
-    height, width = record["height"], record["width"]
-    scale = 1.0 if max_tokens is None else min(1.0, math.sqrt(max_tokens / (height * width)))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def usable_records(records: Sequence[Record], rule: TriStateConfig, max_tokens: int | None) -> list[Record]:
-    """The records whose map has a labelled cell; counts the others.
-
-    Raises:
-        ValueError: None has.
+    Attributes:
+        id: id of the row.
+        image_id: the same for rows about the same image.
+        question: question of the row.
+        answers: accepted answers of the row.
+        response: what the model answered, without special tokens.
+        grounding: (h, w) float32 mean attention of the grounding heads, in merged visual tokens.
+        sinks: (h, w) float32 mean attention of the sink heads; zeros without any.
+        box: (x0, y0, x1, y1) in source pixels that holds the answer, where the row knows it.
+        image_size: (width, height) of the image in pixels.
+        content: (x0, y0, x1, y1) in cells where the image is, if the rest of the grid is padding.
     """
-    kept = [
-        record
-        for record in records
-        if bool((load_region_targets(record, coarse_grid(record, max_tokens), rule) != IGNORED).any())
-    ]
-    logger.info("%d of %d maps hold labels, the others say nothing and are dropped", len(kept), len(records))
-    if not kept:
-        raise ValueError(
-            f"None of the {len(records)} maps holds a label: loosen rule.faintest_peak or rule.largest_box, or look "
-            "for other grounding heads."
+
+    id: str
+    image_id: str
+    question: str
+    answers: tuple[str, ...]
+    response: str
+    grounding: np.ndarray
+    sinks: np.ndarray
+    box: Box | None = None
+    image_size: tuple[int, int] | None = None
+    content: Rectangle | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the maps."""
+        height, width = self.grounding.shape
+        return height, width
+
+    def to_row(self) -> dict[str, Any]:
+        """The record by the columns of its file."""
+        height, width = self.grid
+        image_width, image_height = self.image_size or (None, None)
+        return {
+            "id": self.id,
+            "image_id": self.image_id,
+            "question": self.question,
+            "answers": list(self.answers),
+            "response": self.response,
+            "height": height,
+            "width": width,
+            "grounding": self.grounding.flatten(),
+            "sinks": self.sinks.flatten(),
+            "box": None if self.box is None else list(self.box),
+            "image_width": image_width,
+            "image_height": image_height,
+            "content": None if self.content is None else list(self.content),
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "RegionRecord":
+        """The record of a row of its file; older files lack some of the last columns."""
+        grid = row["height"], row["width"]
+        width, height = row.get("image_width"), row.get("image_height")
+        return cls(
+            id=row["id"],
+            image_id=row["image_id"],
+            question=row["question"],
+            answers=tuple(row["answers"]),
+            response=row["response"],
+            grounding=np.array(row["grounding"], dtype=np.float32).reshape(grid),
+            sinks=np.array(row["sinks"], dtype=np.float32).reshape(grid),
+            box=None if row.get("box") is None else tuple(row["box"]),
+            image_size=None if width is None or height is None else (width, height),
+            content=None if row.get("content") is None else tuple(row["content"]),
         )
-    return kept
-
-
-def right_records(records: Sequence[Record]) -> list[Record]:
-    """The records whose response is the annotated answer.
-
-    Raises:
-        ValueError: None is.
-    """
-    kept = [record for record in records if record["answers"] and exact_match(record["response"], record["answers"])]
-    logger.info("%d of %d responses are right, the maps of the others are left out", len(kept), len(records))
-    if not kept:
-        raise ValueError(
-            f"None of the {len(records)} responses is the annotated answer; only_right needs rows with answers and a "
-            "model that finds some of them."
-        )
-    return kept
-
-
-def sequences(records: Sequence[Record], most: int) -> list[list[Record]]:
-    """Records that share a sequence: about one image, at most `most` of them."""
-    groups = by_image(records, lambda record: record["image_id"])
-    return [group[start : start + most] for group in groups for start in range(0, len(group), most)]

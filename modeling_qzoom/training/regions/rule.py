@@ -3,14 +3,13 @@
 Maps are (h, w) in merged visual tokens, "cells". Raw maps are what is stored; thresholds apply when they are loaded.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...training_losses_qzoom import IGNORED
 from ...zoom_regions_qzoom import Rectangle
-from .config import TriStateConfig
+from .config import LabelRule
+from .record import RegionRecord
 
 
 def _shares(start: float, end: float, cells: int) -> Tensor:
@@ -24,22 +23,20 @@ def covered_cells(box: Rectangle, grid: tuple[int, int]) -> Tensor:
 
     Args:
         box: (x0, y0, x1, y1) in cells; it may reach beyond the grid.
-        grid: (h, w).
+        grid: (h, w) of the cells.
     """
     x0, y0, x1, y1 = box
     return _shares(y0, y1, grid[0])[:, None] * _shares(x0, x1, grid[1])
 
 
-def remove_sinks(attention: Tensor, sinks: Tensor | None, rule: TriStateConfig) -> Tensor:
+def remove_sinks(attention: Tensor, sinks: Tensor | None, rule: LabelRule) -> Tensor:
     """A map (h, w) with zeros where the sink heads' map (h, w) reaches the threshold."""
     if sinks is None or not rule.remove_sinks:
         return attention
     return attention.masked_fill(sinks >= rule.sink, 0.0)
 
 
-def tri_state(
-    attention: Tensor, sinks: Tensor | None, rule: TriStateConfig, content: Rectangle | None = None
-) -> Tensor:
+def tri_state(attention: Tensor, sinks: Tensor | None, rule: LabelRule, content: Rectangle | None = None) -> Tensor:
     """Labels of a map.
 
     Foreground are the cells near the maximum. A box round them grows by `rule.dilation` cells; outside it, cells far
@@ -48,8 +45,8 @@ def tri_state(
     Args:
         attention: (h, w) response-to-image attention.
         sinks: (h, w) attention of sink heads, None without any.
-        rule: Thresholds.
-        content: (x0, y0, x1, y1) in cells: where the image is, if the rest of the grid is padding (background).
+        rule: thresholds.
+        content: (x0, y0, x1, y1) in cells where the image is, if the rest of the grid is padding (background).
 
     Returns:
         (h, w) long in {1, 0, -100}; all -100 if the map says nothing: its maximum is too low or the box too large.
@@ -96,26 +93,24 @@ def pool_map(attention: Tensor, grid: tuple[int, int]) -> Tensor:
     return _overlaps(height, grid[0]) @ attention @ _overlaps(width, grid[1]).T
 
 
-def load_region_targets(record: dict[str, Any], grid: tuple[int, int], rule: TriStateConfig) -> Tensor:
+def load_region_targets(record: RegionRecord, grid: tuple[int, int], rule: LabelRule) -> Tensor:
     """Labels of a record of `label-regions`.
 
     Args:
-        record: As `read_labels` yields it.
+        record: the record, with its raw maps.
         grid: (h, w) of the coarse view that is trained on.
-        rule: Thresholds. With `pool`, a map of another grid is brought to this one first. Sinks are removed before,
+        rule: thresholds. With `pool`, a map of another grid is brought to this one first. Sinks are removed before,
             because their threshold is meant for single cells of the map as it was measured; pooling to fewer cells
             raises values, so `faintest_peak` then lets more maps pass.
 
     Returns:
         (h, w) long in {1, 0, -100}, on `grid` or, without `pool`, on the record's own. All -100: no labels.
     """
-    own = (record["height"], record["width"])
-    attention = torch.tensor(record["grounding"], dtype=torch.float32).view(own)
-    sinks = torch.tensor(record["sinks"], dtype=torch.float32).view(own)
-    content = record.get("content")
-    if not rule.pool or grid == own:
+    attention, sinks = torch.tensor(record.grounding), torch.tensor(record.sinks)
+    content, (height, width) = record.content, record.grid
+    if not rule.pool or grid == record.grid:
         return tri_state(attention, sinks, rule, content)
     if content is not None:
-        scale = (grid[1] / own[1], grid[0] / own[0]) * 2
-        content = tuple(edge * factor for edge, factor in zip(content, scale, strict=True))
+        across, down = grid[1] / width, grid[0] / height
+        content = content[0] * across, content[1] * down, content[2] * across, content[3] * down
     return tri_state(pool_map(remove_sinks(attention, sinks, rule), grid), None, rule, content)

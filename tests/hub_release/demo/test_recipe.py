@@ -11,9 +11,9 @@ from hub_release.demo import ablations, recipe
 from hub_release.demo.backbone import train
 from hub_release.demo.backbone.train import DecoderStage
 from hub_release.demo.clock import Clock, history_of
+from modeling_qzoom.training.__main__ import STAGES
 from modeling_qzoom.training.common.config_files import load_config
 from modeling_qzoom.training.common.label_store import read_labels
-from modeling_qzoom.training.stages import STAGES
 from tests.training.stage_fixtures import region_record, write_data, write_labels, write_model
 
 
@@ -107,8 +107,7 @@ def test_true_boxes_become_maps(tmp_path) -> None:
     model, data = write_model(tmp_path / "model", "qwen2_5_vl"), write_data(tmp_path / "data", 1, 2)
 
     def record(row, number):
-        facts = {"box": [0, 0, 60, 40], "image_width": 120, "image_height": 120}
-        return {**region_record(row, (3, 4), number), **facts}
+        return dataclasses.replace(region_record(row, (3, 4), number), box=(0, 0, 60, 40), image_size=(120, 120))
 
     labels = write_labels(tmp_path / "labels", "label-regions", model, data, record)
     boxed = ablations.true_box_labels(Path(labels), tmp_path / "boxes")

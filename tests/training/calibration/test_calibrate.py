@@ -33,9 +33,6 @@ REGION = {"region_threshold": 0.9, "region_threshold_mode": "peak"}
 THRESHOLDS = {"absolute": [0.3]}
 
 
-# --- points ----------------------------------------------------------------------------------------------------------
-
-
 def outcomes(rng, rows: int, zoomed: bool) -> Outcomes:
     tokens = rng.integers(10, 20, rows)
     return Outcomes(rng.random(rows) < 0.5, np.full(rows, zoomed), tokens, tokens * 7.0)
@@ -90,9 +87,6 @@ def test_a_cost_that_cannot_be_met():
         choose_presets(POINTS, 0.1, 1.05)
 
 
-# --- region thresholds -----------------------------------------------------------------------------------------------
-
-
 def test_regions_by_recall_then_area():
     """Two thresholds cover all targets, the smaller boxes win; a third misses one."""
     candidates = [Candidate("peak", value) for value in (0.1, 0.2, 0.3)]
@@ -121,9 +115,6 @@ def test_regions_by_agreement():
     ranked = rank_candidates(candidates, boxes, [(100, 100)] * 2, [None] * 2)
     # 0.2 makes boxes of the same size as 0.3
     assert [entry.candidate.threshold for entry in ranked] == [0.3, 0.1, 0.4]
-
-
-# --- the stage -------------------------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path, family: str) -> tuple[str, str]:

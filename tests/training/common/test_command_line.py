@@ -1,5 +1,6 @@
 """The command line of the stages: it runs them, and says in one line what is wrong with its input."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,9 +9,8 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from modeling_qzoom.training.__main__ import main
+from modeling_qzoom.training.__main__ import STAGES, main
 from modeling_qzoom.training.common.label_store import read_labels
-from modeling_qzoom.training.stages import STAGES
 from tests.families import FAMILY
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES, tiny_vlm
@@ -56,6 +56,30 @@ def test_help_lists_the_stages(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["label-region"])
     assert stopped.value.code == 2 and "invalid choice: 'label-region'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+@pytest.mark.parametrize("order", [1, -1])
+def test_help_of_a_stage_lists_every_option_with_type_default_and_help(name, order, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"][::order])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0
+    for field in dataclasses.fields(STAGES[name].config):
+        assert field.metadata["help"], field.name
+        entry = next(number for number, line in enumerate(lines) if line.startswith(f"  {field.name}: "))
+        nested = dataclasses.is_dataclass(field.type)
+        text = lines[entry] if nested else f"{lines[entry]} {lines[entry + 1].strip()}"
+        assert nested or ", default " in text or ", required" in text
+        assert field.metadata["help"][:40] in text
+
+
+def test_help_says_what_to_write(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train-regions", "--help"])
+    said = capsys.readouterr().out
+    assert "  labels: str, required\n" in said and "  reset: bool, default true\n" in said
+    assert "  revision: str | None, default null\n" in said and "  rule.foreground: float, default 0.25\n" in said
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,6 @@ import pytest
 
 from modeling_qzoom.training.common.config_files import build_config, load_config, read_yaml
 from modeling_qzoom.training.regions.config import LabelRegionsConfig, TrainRegionsConfig
-from modeling_qzoom.training.stages import STAGES
 
 
 @dataclass
@@ -113,13 +112,3 @@ def test_wrong_files(tmp_path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ValueError, match="lacks 'model'"):
         load_config(LabelRegionsConfig, tmp_path / "empty.yaml", [])
-
-
-@pytest.mark.parametrize("name", list(STAGES))
-def test_every_stage_documents_its_options(name) -> None:
-    """Options are what a user has to know; each stands in the docstring of a class it is defined in."""
-    kind = STAGES[name].config
-    text = " ".join(base.__doc__ or "" for base in kind.__mro__ if base is not object)
-    assert [
-        option for option in kind.__dataclass_fields__ if f"{option}:" not in text and f"{option}," not in text
-    ] == []

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from modeling_qzoom.data.config import DataConfig
 from modeling_qzoom.data.readers import load_rows
 from modeling_qzoom.training.__main__ import main
-from modeling_qzoom.training.common import run as runs
 from modeling_qzoom.training.common.label_store import write_shard
+from modeling_qzoom.training.common.run_folder import RECORD, newest_checkpoint
 from modeling_qzoom.training.regions import train as train_regions
-from modeling_qzoom.training.regions.config import TrainRegionsConfig, TriStateConfig
+from modeling_qzoom.training.regions.config import LabelRule, TrainRegionsConfig
 from tests.processing_fixtures import noise
 from tests.training.stage_fixtures import budget, write_data, write_model, write_region_labels
 
@@ -144,7 +144,7 @@ def test_label_making_names_a_shard_that_was_cut_short(model, data, tmp_path, ca
     "content", [b'{"stage": ', b"\x80", b"3", b'{"finished": true}', b'{"stage": 1, "options": 2}']
 )
 def test_a_damaged_record_of_a_run(content, model, labels, tmp_path, capsys) -> None:
-    record = tmp_path / "out" / "trainer" / runs.RECORD
+    record = tmp_path / "out" / "trainer" / RECORD
     record.parent.mkdir(parents=True)
     record.write_bytes(content)
     said = error_of(capsys, *training(model, labels, tmp_path / "out"))
@@ -163,7 +163,7 @@ def trained(model, finished_labels, tmp_path_factory) -> TrainRegionsConfig:
         labels=str(finished_labels),
         output=str(tmp_path_factory.mktemp("trained") / "out"),
         **budget(FAMILY),
-        rule=TriStateConfig(dilation=0),
+        rule=LabelRule(dilation=0),
         trainer=OPTIONS,
     )
     train_regions.run(config)
@@ -178,14 +178,14 @@ def test_the_newest_checkpoint_was_cut_short(name, trained, tmp_path, caplog) ->
     expected = _weights(trained)
     output = shutil.copytree(trained.output, tmp_path / "out")
     work = output / "trainer"
-    record = json.loads((work / runs.RECORD).read_text())
+    record = json.loads((work / RECORD).read_text())
     config = TrainRegionsConfig(**{**vars(trained), "output": str(output)})
     record |= {"finished": False, "options": record["options"] | {"output": str(output)}}
-    (work / runs.RECORD).write_text(json.dumps(record))
+    (work / RECORD).write_text(json.dumps(record))
     (output / "model.safetensors").unlink()
     shutil.rmtree(work / "checkpoint-4")  # the end of the run
     cut(work / "checkpoint-3" / name)
-    assert runs.newest_checkpoint(work) == work / "checkpoint-2"
+    assert newest_checkpoint(work) == work / "checkpoint-2"
     caplog.clear()
     train_regions.run(config)
     assert "checkpoint-3 is passed over for an older checkpoint" in caplog.text and name in caplog.text
@@ -231,14 +231,14 @@ def test_a_heads_file_with_other_types_is_named(model, data, tmp_path, capsys) -
         ("find-heads", "output=FOLDER", "is a folder; name a file"),
         ("find-heads", "output=FOLDER/file/heads.yaml", "file is no folder"),
         ("calibrate", "report=FOLDER", "is a folder; name a file"),
-        ("calibrate", "output=FOLDER/file", "file is no folder"),
+        ("calibrate", "output=FOLDER/file", "file is a file; choose a folder to save to"),
     ],
 )
 def test_a_result_that_could_not_be_written_is_refused_before_the_run(
     stage, option, message, model, data, tmp_path, capsys, monkeypatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    for module in ("find_heads", "calibrate"):
+    for module in ("regions.find_heads", "calibration.calibrate"):
         monkeypatch.setattr(f"modeling_qzoom.training.{module}.open_session", lambda config: pytest.fail("it ran"))
     more = [f"data={data}"] if stage == "calibrate" else []
     said = error_of(capsys, stage, f"model={model}", *more, option.replace("FOLDER", str(tmp_path)))

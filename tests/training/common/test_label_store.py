@@ -145,8 +145,3 @@ def test_the_manifest_is_readable_by_people(tmp_path) -> None:
     make_labels(tmp_path, MANIFEST, _rows(), 5, _label)
     held = json.loads((tmp_path / "labels.json").read_text())
     assert held["settings"] == {"heads": {"22": [1, 4]}, "sides": [1, 2], "shard_size": 5} and held["shards"] == 2
-
-
-def test_a_shard_has_at_least_one_row(tmp_path) -> None:
-    with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
-        make_labels(tmp_path, MANIFEST, _rows(), 0, _label)

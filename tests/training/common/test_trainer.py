@@ -1,5 +1,6 @@
 """Runs: interrupted ones end as uninterrupted ones do, only trained weights change, and options are checked."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,18 +13,19 @@ from transformers import TrainingArguments
 from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
+from modeling_qzoom.training.common import labelled
 from modeling_qzoom.training.common import run as runs
-from modeling_qzoom.training.common.run import newest_checkpoint
+from modeling_qzoom.training.common.arguments import training_arguments
+from modeling_qzoom.training.common.run_folder import RECORD, newest_checkpoint, work_folder
 from modeling_qzoom.training.common.trainer import (
     WEIGHTS,
     EpochOrder,
     StageTrainer,
     hold_trainable,
     load_trained,
-    training_arguments,
 )
 from modeling_qzoom.training.regions import train as train_regions
-from modeling_qzoom.training.regions.config import TrainRegionsConfig, TriStateConfig
+from modeling_qzoom.training.regions.config import LabelRule, TrainRegionsConfig
 from tests.tiny import tiny_model
 from tests.training.stage_fixtures import budget, write_data, write_model, write_region_labels
 
@@ -53,7 +55,7 @@ def configure(setting, tmp_path):
     def make(output: str = "output", **trainer) -> TrainRegionsConfig:
         return TrainRegionsConfig(
             **{"output": str(tmp_path / output), **setting, **budget(FAMILY)},
-            rule=TriStateConfig(dilation=0),
+            rule=LabelRule(dilation=0),
             trainer=OPTIONS | trainer,
         )
 
@@ -85,7 +87,7 @@ def reference(setting, tmp_path_factory) -> dict[str, torch.Tensor]:
     """Weights of a run that nothing stopped."""
     config = TrainRegionsConfig(
         **{"output": str(tmp_path_factory.mktemp("reference")), **setting, **budget(FAMILY)},
-        rule=TriStateConfig(dilation=0),
+        rule=LabelRule(dilation=0),
         trainer=OPTIONS,
     )
     train_regions.run(config)
@@ -114,7 +116,7 @@ def test_half_a_checkpoint_is_not_resumed_from(configure, reference, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 5)
         train_regions.run(config)
-    work = runs.work_folder(config)
+    work = work_folder(config)
     assert newest_checkpoint(work).name == "checkpoint-4"
     shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
     (work / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
@@ -132,7 +134,7 @@ def test_only_the_branch_changes(setting, reference) -> None:
 def test_checkpoints_hold_trained_weights_in_float32(configure) -> None:
     config = configure(num_train_epochs=1)
     train_regions.run(config)
-    held = load_file(newest_checkpoint(runs.work_folder(config)) / WEIGHTS)
+    held = load_file(newest_checkpoint(work_folder(config)) / WEIGHTS)
     assert held and all(name.startswith("zoom.region.") for name in held)
     assert {weight.dtype for weight in held.values()} == {torch.float32}
 
@@ -141,7 +143,7 @@ def test_a_finished_run_is_not_repeated(configure, monkeypatch) -> None:
     config = configure(num_train_epochs=1)
     train_regions.run(config)
     config.trainer = config.trainer | {"logging_steps": 5}
-    monkeypatch.setattr(train_regions, "open_session", lambda config: pytest.fail("opened again"))
+    monkeypatch.setattr(labelled, "open_session", lambda config: pytest.fail("opened again"))
     train_regions.run(config)
 
 
@@ -158,7 +160,7 @@ def test_a_run_does_not_go_on_with_another_backbone(configure, setting, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)
         train_regions.run(config)
-    record = runs.work_folder(config) / runs.RECORD
+    record = work_folder(config) / RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | {"backbone": "another"}))
     with pytest.raises(ValueError, match="other weights of model"):
         train_regions.run(config)
@@ -244,7 +246,10 @@ def test_the_papers_defaults_give_way_to_the_users(configure, setting) -> None:
 
 
 def test_a_full_checkpoint_of_a_4_bit_backbone_is_refused(configure) -> None:
-    config = configure()
-    config.load_in_4bit = True
     with pytest.raises(ValueError, match="output_format=addon"):
-        train_regions.run(config)
+        dataclasses.replace(configure(), load_in_4bit=True)
+
+
+def test_an_unknown_output_format_is_refused_before_training(configure) -> None:
+    with pytest.raises(ValueError, match="output_format must be 'full' or 'addon', got 'addons'"):
+        dataclasses.replace(configure(), output_format="addons")

@@ -1,5 +1,6 @@
 """Stage 2: samples, and the training of the decoder on both views."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.rows import Row
-from modeling_qzoom.training.common.label_store import labelled_rows, read_labels
+from modeling_qzoom.training.common import labelled
+from modeling_qzoom.training.common.label_store import read_labels
 from modeling_qzoom.training.fusion import train as train_fusion
 from modeling_qzoom.training.fusion.config import TrainFusionConfig
+from modeling_qzoom.training.fusion.record import FusionRecord
 from modeling_qzoom.training.fusion.samples import (
     FusionSamples,
     choose_records,
@@ -25,7 +28,7 @@ from modeling_qzoom.training.regions.config import TrainRegionsConfig
 from tests.lora_support import needs_lora
 from tests.processing_fixtures import PROCESSORS
 from tests.tiny import FAMILIES
-from tests.training.stage_fixtures import write_data, write_labels, write_model, write_region_labels
+from tests.training.stage_fixtures import rows_of, write_data, write_labels, write_model, write_region_labels
 
 
 # peft asks transformers in a way that transformers 5.23 has deprecated
@@ -40,19 +43,18 @@ TRAINER = {
 }
 
 
-def mined(row, number: int) -> dict:
-    """A record as `mine-fusion` writes it; every fourth row was right both ways."""
-    return {
-        "id": row.id,
-        "question": row.question,
-        "answers": list(row.answers),
-        "plain": f"it is {number}",
-        "zoomed": "else",
-        "plain_right": True,
-        "zoomed_right": number % 4 == 0,
-        "regression": number % 4 != 0,
-        "box": [5, 6, 90, 80 + number],
-    }
+def mined(row, number: int) -> FusionRecord:
+    """A record of `mine-fusion`; every fourth row was right both ways."""
+    return FusionRecord(
+        id=row.id,
+        question=row.question,
+        answers=row.answers,
+        plain=f"it is {number}",
+        zoomed="else",
+        plain_right=True,
+        zoomed_right=number % 4 == 0,
+        box=(5, 6, 90, 80 + number),
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,8 +81,9 @@ def config(prepared, output: Path, **options) -> TrainFusionConfig:
 
 def samples_of(settings: TrainFusionConfig) -> FusionSamples:
     processor = open_session(settings).processor
-    records = choose_records(list(read_labels(settings.labels, "mine-fusion", None)), settings.anchor_share, 0)
-    return FusionSamples(processor, records, labelled_rows(settings.labels, "mine-fusion"), settings)
+    records = [FusionRecord.from_row(row) for row in read_labels(settings.labels, "mine-fusion", None)]
+    records = choose_records(records, settings.anchor_share, 0)
+    return FusionSamples(processor, records, rows_of(settings.labels, "mine-fusion"), settings)
 
 
 @torch.no_grad()
@@ -94,9 +97,6 @@ def changed_parts(before, after) -> set[str]:
     old = dict(before.named_parameters())
     names = [name for name, weight in after.named_parameters() if not torch.equal(weight, old[name])]
     return {name.split(".layers.")[0] if "language_model" in name else name for name in names}
-
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=needs_lora), "full"])
@@ -162,9 +162,7 @@ def test_the_same_seed_trains_the_same(qwen, tmp_path):
 
 def test_nothing_got_worse(qwen, tmp_path):
     data = write_data(tmp_path / "data")
-    labels = write_labels(
-        tmp_path / "labels", "mine-fusion", qwen[0], data, lambda row, number: {**mined(row, 0), "id": row.id}
-    )
+    labels = write_labels(tmp_path / "labels", "mine-fusion", qwen[0], data, lambda row, number: mined(row, 0))
     with pytest.raises(ValueError, match="none of 8 mined rows got worse by zooming: stage 2 is not needed"):
         train_fusion.run(config((qwen[0], labels), tmp_path / "out"))
 
@@ -201,9 +199,6 @@ def test_labels_of_another_backbone(qwen, tmp_path):
         train_fusion.run(config(own, tmp_path / "out"))
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
 def test_labels_are_the_answer_and_the_end_of_the_turn(prepared):
     settings = config(prepared, Path("unused"))
     samples = samples_of(settings)
@@ -211,17 +206,17 @@ def test_labels_are_the_answer_and_the_end_of_the_turn(prepared):
     for index in (0, 3):
         sample = samples[0, index]
         ids, labels = sample["input_ids"][0], sample["labels"][0]
-        answer = samples.records[index]["plain"]
+        answer = samples.records[index].plain
         assert tokenizer.decode(ids[labels != -100]) == f"{answer}<|im_end|>"
         assert torch.equal(labels[labels != -100], ids[labels != -100])
         assert (labels == -100)[: -len(answer) - 1].all()
         assert tokenizer.decode(ids[labels == -100]).endswith("<|im_start|>assistant\n")
-        assert sample["zoom_boxes"] == [tuple(samples.records[index]["box"])]
+        assert sample["zoom_boxes"] == [samples.records[index].box]
 
 
 def test_a_batch_is_padded_on_the_left(qwen):
     samples = samples_of(config(qwen, Path("unused")))
-    samples.records[1]["plain"] = "a much longer answer than the others"
+    samples.records[1] = dataclasses.replace(samples.records[1], plain="a much longer answer than the others")
     parts = [samples[0, n] for n in range(3)]
     batch = collate_fusion(parts, samples.processor.tokenizer.pad_token_id)
     for row, part in enumerate(parts):
@@ -271,18 +266,18 @@ def test_random_boxes(qwen):
     samples = samples_of(config(qwen, Path("unused"), random_box_share=0.5))
     chosen = [samples.box(epoch, 0, (200, 150)) for epoch in range(40)]
     assert chosen == [samples.box(epoch, 0, (200, 150)) for epoch in range(40)]
-    own = chosen.count(tuple(samples.records[0]["box"]))
+    own = chosen.count(samples.records[0].box)
     assert 10 < own < 30 and len(set(chosen)) == 41 - own
 
 
-def records_of(count: int) -> list[dict]:
+def records_of(count: int) -> list[FusionRecord]:
     return [mined(Row(str(number), None, "?"), number) for number in range(count)]
 
 
 def test_anchors():
-    assert all(record["regression"] for record in choose_records(records_of(40), 0.0, 0))
+    assert all(record.regression for record in choose_records(records_of(40), 0.0, 0))
     chosen = choose_records(records_of(40), 0.25, 0)
-    assert len(chosen) == 40 and sum(not record["regression"] for record in chosen) == 10
+    assert len(chosen) == 40 and sum(not record.regression for record in chosen) == 10
     assert choose_records(records_of(20), 0.2, 1) != choose_records(records_of(20), 0.2, 2)
 
 
@@ -293,7 +288,7 @@ def test_fewer_anchors_than_wanted(caplog):
 
 def test_a_peft_that_is_too_old_is_named_before_anything_is_loaded(qwen, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train_fusion, "MIN_PEFT_VERSION", "99.5")
-    monkeypatch.setattr(train_fusion, "open_session", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(labelled, "open_session", lambda config: pytest.fail("loaded"))
     with pytest.raises(ImportError, match=r"takes peft 99\.5 or newer, here is .* pip install 'qzoom\[train\]'"):
         train_fusion.run(config(qwen, tmp_path / "out", method="lora"))
     assert not (tmp_path / "out").exists()

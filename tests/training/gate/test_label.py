@@ -68,7 +68,7 @@ def test_replies_are_the_plain_answers_at_every_rung(setting, tmp_path) -> None:
 
 def test_a_kill_loses_nothing_and_doubles_nothing(single, tmp_path, monkeypatch) -> None:
     label_gates.run(config_of(single, tmp_path / "whole"))
-    climb, calls = label_gates.GateLabeler._climb, []
+    climb, calls = label_gates.GateLabeler.climb, []
 
     def dying(self, *args):
         calls.append(1)
@@ -77,7 +77,7 @@ def test_a_kill_loses_nothing_and_doubles_nothing(single, tmp_path, monkeypatch)
         return climb(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(label_gates.GateLabeler, "_climb", dying)
+        patch.setattr(label_gates.GateLabeler, "climb", dying)
         label_gates.run(config_of(single, tmp_path / "killed"))
     label_gates.run(config_of(single, tmp_path / "killed"))
     whole, killed = (list(read_labels(tmp_path / name, "label-gates", None)) for name in ("whole", "killed"))
@@ -90,7 +90,7 @@ def test_an_unreadable_image_among_many_is_named_and_skipped(single, tmp_path, c
     label_gates.run(config_of({**single, "data": data}, tmp_path / "labels"))
     found = [record["id"] for record in read_labels(tmp_path / "labels", "label-gates", None)]
     assert found == ["0-0", "0-1", "2-0", "2-1"]
-    assert "row 1-0" in caplog.text
+    assert "skipped 1-0: " in caplog.text
 
 
 class Equal:
@@ -107,11 +107,11 @@ class Equal:
 def test_verdicts_ask_once_and_never_call_an_empty_reply_right(tmp_path) -> None:
     rows = list(load_rows(DataConfig(data=write_data(tmp_path / "data", images=1))))
     judge = Equal()
-    found = label_gates._verdicts(judge, rows, [("0",), ("1",)], [["0", "", "0"], ["x", "1", ""]])
+    found = label_gates.verdicts(judge, rows, [("0",), ("1",)], [["0", "", "0"], ["x", "1", ""]])
     assert found == [[True, False, True], [False, True, False]]
     assert sorted(judge.asked) == [("what is 0?", "0"), ("what is 1?", "1"), ("what is 1?", "x")]
     # an empty consensus agrees with nothing, and a row without annotation gets nothing right
-    assert label_gates._verdicts(judge, rows, [("",), ()], [["", "a"], ["b", ""]]) == [[False] * 2] * 2
+    assert label_gates.verdicts(judge, rows, [("",), ()], [["", "a"], ["b", ""]]) == [[False] * 2] * 2
 
 
 def test_rows_without_annotation_have_no_verdicts(single, tmp_path) -> None:

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from modeling_qzoom.data.rows import Row
 from modeling_qzoom.training.gate.config import TrainGateConfig
-from modeling_qzoom.training.gate.record import GateRow
+from modeling_qzoom.training.gate.record import GateRecord, GateRow
 from modeling_qzoom.training.gate.rule import (
     check_draws,
     coarse_rung,
@@ -15,12 +16,17 @@ from modeling_qzoom.training.gate.rule import (
     naive_row,
     select_rows,
 )
+from tests.training.stage_fixtures import gate_record
 
 
-def record(right: str, agrees: str | None = None, annotated: bool = True) -> dict:
+def record(right: str, agrees: str | None = None, annotated: bool = True, name: str = "") -> GateRecord:
     """Verdicts as + and -, from the lowest rung to the highest."""
     verdicts, agreement = ([sign == "+" for sign in text] for text in (right, agrees or right))
-    return {"id": right, "right": verdicts if annotated else None, "agrees": agreement}
+    row = Row(name or right, None, "?", ("x",))
+    return gate_record(row, verdicts if annotated else None, list(range(len(right))), agreement)
+
+
+EASY = record("++++")
 
 
 @pytest.mark.parametrize(
@@ -65,10 +71,10 @@ def test_easy_rows_are_no_more_than_asked_for(caplog) -> None:
 
 
 def test_easy_rows_are_drawn_with_the_seed() -> None:
-    records = [{**record("++++"), "id": str(number)} for number in range(30)] + [record("--++")] * 5
+    records = [record("++++", name=str(number)) for number in range(30)] + [record("--++")] * 5
 
     def easy(seed: int) -> list[str]:
-        return [row.record["id"] for row in select_rows(records, TrainGateConfig(seed=seed)) if not row.wrong]
+        return [row.record.id for row in select_rows(records, TrainGateConfig(seed=seed)) if not row.wrong]
 
     assert easy(0) == easy(0) != easy(1)
     assert len(easy(0)) == 5
@@ -93,26 +99,26 @@ def drawn(row: GateRow, config: TrainGateConfig, count: int = 4000, **options) -
 
 
 def test_easy_rows_are_shown_below_the_top() -> None:
-    found = drawn(GateRow({}, 0), TrainGateConfig())
+    found = drawn(GateRow(EASY, 0), TrainGateConfig())
     assert set(found) == {(0, 0), (1, 0), (2, 0), (3, 0)}
     assert min(found.values()) > 900
 
 
 def test_transitions_are_shown_mostly_where_they_just_fail() -> None:
-    found = drawn(GateRow({}, 3), TrainGateConfig(draw_high=0.75))
+    found = drawn(GateRow(EASY, 3), TrainGateConfig(draw_high=0.75))
     assert set(found) == {(1, 1), (2, 1), (3, 0)}
     assert 850 < found[3, 0] < 1150 and abs(found[1, 1] - found[2, 1]) < 250
 
 
 def test_a_transition_without_a_right_rung_to_show_is_shown_wrong() -> None:
-    assert set(drawn(GateRow({}, 4), TrainGateConfig(draw_high=0.0))) == {(2, 1), (3, 1)}
-    assert set(drawn(GateRow({}, 1), TrainGateConfig(draw_high=1.0))) == {(0, 1)}
+    assert set(drawn(GateRow(EASY, 4), TrainGateConfig(draw_high=0.0))) == {(2, 1), (3, 1)}
+    assert set(drawn(GateRow(EASY, 1), TrainGateConfig(draw_high=1.0))) == {(0, 1)}
 
 
 def test_naive_rows_are_shown_at_the_coarse_rung() -> None:
     config = TrainGateConfig(labeling="naive")
-    assert set(drawn(GateRow({}, 0), config, 10, coarse=1)) == {(1, 0)}
-    assert set(drawn(GateRow({}, 2), config, 10, coarse=1)) == {(1, 1)}
+    assert set(drawn(GateRow(EASY, 0), config, 10, coarse=1)) == {(1, 0)}
+    assert set(drawn(GateRow(EASY, 2), config, 10, coarse=1)) == {(1, 1)}
 
 
 @pytest.mark.parametrize(

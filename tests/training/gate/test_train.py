@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import Session, open_session
 from modeling_qzoom.training.common.fresh_branches import reset_gate
-from modeling_qzoom.training.common.label_store import labelled_rows, read_labels
+from modeling_qzoom.training.common.label_store import read_labels
 from modeling_qzoom.training.gate import train as train_gate
 from modeling_qzoom.training.gate.config import TrainGateConfig
+from modeling_qzoom.training.gate.record import GateRecord
 from modeling_qzoom.training.gate.rule import select_rows
-from modeling_qzoom.training.gate.train import GateDataset, collate_gates, measure_gates
+from modeling_qzoom.training.gate.samples import GateDataset, collate_gates, measure_gates
 from tests.tiny import FAMILIES
-from tests.training.stage_fixtures import budget, write_data, write_gate_labels, write_model
+from tests.training.stage_fixtures import budget, rows_of, write_data, write_gate_labels, write_model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -46,9 +47,9 @@ def config_of(setting: dict[str, str], output: Path, **fields) -> TrainGateConfi
 
 def dataset_of(session: Session, setting, **fields) -> GateDataset:
     config = config_of(setting, Path("unused"), **fields)
-    rows = labelled_rows(setting["labels"], "label-gates")
-    chosen = select_rows(list(read_labels(setting["labels"], "label-gates", None)), config)
-    return GateDataset(session, chosen, rows, config, 0)
+    rows = rows_of(setting["labels"], "label-gates")
+    records = [GateRecord.from_row(row) for row in read_labels(setting["labels"], "label-gates", None)]
+    return GateDataset(session, select_rows(records, config), rows, config, 0)
 
 
 @pytest.mark.parametrize("labeling", ["consistent", "naive"])

@@ -6,16 +6,11 @@ import torch
 from modeling_qzoom.asking.chats import encode_prompts, render, stack_features
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
-from modeling_qzoom.training.regions.attention import (
-    QUERY_TOKENS,
-    Response,
-    all_heads,
-    check_heads,
-    look,
-    respond,
-    response_maps,
-    share_images,
-)
+from modeling_qzoom.training.regions.attention import response_maps
+from modeling_qzoom.training.regions.config import QUERY_TOKENS
+from modeling_qzoom.training.regions.heads import all_heads, check_heads
+from modeling_qzoom.training.regions.look import look, share_images
+from modeling_qzoom.training.regions.responses import Response, respond
 from tests.families import FAMILY
 from tests.processing_fixtures import noise
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tiny_vlm

@@ -8,7 +8,8 @@ import yaml
 
 from modeling_qzoom.data.drawn.questions import draw_page, fine_question
 from modeling_qzoom.training.regions.config import FindHeadsConfig, LabelRegionsConfig
-from modeling_qzoom.training.regions.find_heads import HeadScores, ask_pages, choose_heads, page_scores, run
+from modeling_qzoom.training.regions.find_heads import choose_heads, run
+from modeling_qzoom.training.regions.head_scores import HeadScores, ask_pages, page_scores
 from modeling_qzoom.training.regions.label import with_heads
 from modeling_qzoom.training.regions.rule import covered_cells
 from modeling_qzoom.zoom_regions_qzoom import pixels_to_cells

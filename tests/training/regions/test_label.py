@@ -16,13 +16,14 @@ from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.bad_rows import BadRows
 from modeling_qzoom.data.readers import drawn_rows, load_rows, read_parquet
 from modeling_qzoom.training.common.config_files import load_config
-from modeling_qzoom.training.common.label_store import labelled_rows, read_labels, read_manifest
-from modeling_qzoom.training.regions.config import LabelRegionsConfig, TriStateConfig
+from modeling_qzoom.training.common.label_store import read_labels, read_manifest
+from modeling_qzoom.training.regions.config import LabelRegionsConfig, LabelRule
 from modeling_qzoom.training.regions.label import RegionLabeler, run
+from modeling_qzoom.training.regions.record import RegionRecord
 from modeling_qzoom.training.regions.rule import load_region_targets
 from tests.families import FAMILY
 from tests.tiny import FAMILIES
-from tests.training.stage_fixtures import budget, write_data, write_model
+from tests.training.stage_fixtures import budget, rows_of, write_data, write_model
 
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +65,7 @@ def test_records_of_every_family(family, data, tmp_path) -> None:
     run(config)
     session = open_session(config)
     records = list(read_labels(config.output, "label-regions", backbone_fingerprint(session.model)))
-    rows = labelled_rows(config.output, "label-regions")
+    rows = rows_of(config.output, "label-regions")
     assert [record["id"] for record in records] == list(rows) and len(records) == 10
     for record in records:
         row = rows[record["id"]]
@@ -79,7 +80,8 @@ def test_records_of_every_family(family, data, tmp_path) -> None:
         assert 0 < sum(record["grounding"]) < 1 and 0 < sum(record["sinks"]) < 1
         assert record["image_width"] == row.load_image().width and record["box"] is None
         assert (record["content"] is not None) == (not FAMILY[family].has_budget)
-        assert set(load_region_targets(record, (3, 3), TriStateConfig()).unique().tolist()) <= {1, 0, -100}
+        targets = load_region_targets(RegionRecord.from_row(record), (3, 3), LabelRule())
+        assert set(targets.unique().tolist()) <= {1, 0, -100}
 
 
 def test_maps_are_means_over_the_chosen_heads(model, data, made, tmp_path) -> None:
@@ -230,7 +232,7 @@ def test_killed_and_restarted_gives_the_same_labels(model, tmp_path) -> None:
 @pytest.mark.slow
 def test_two_processes_make_the_same_labels(model, data, made, tmp_path) -> None:
     config = _config(model, data, tmp_path / "two")
-    launch = ROOT / "modeling_qzoom" / "training" / "launch" / "ddp.yaml"
+    launch = ROOT / "modeling_qzoom" / "training" / "configs" / "launch" / "ddp.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
     command = _command(config, [*launcher, "--num_processes", "2", "--main_process_port", "0"])
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_qzoom.training.regions.config import TriStateConfig
+from modeling_qzoom.training.regions.config import LabelRule
+from modeling_qzoom.training.regions.record import RegionRecord
 from modeling_qzoom.training.regions.rule import covered_cells, load_region_targets, pool_map, tri_state
 
 
@@ -12,7 +13,7 @@ def _map(h: int = 8, w: int = 8) -> torch.Tensor:
 
 
 def _labels(attention, sinks=None, content=None, **rule) -> torch.Tensor:
-    return tri_state(attention, sinks, TriStateConfig(**rule), content)
+    return tri_state(attention, sinks, LabelRule(**rule), content)
 
 
 def test_three_states() -> None:
@@ -114,21 +115,19 @@ def test_pooling_keeps_sums() -> None:
     torch.testing.assert_close(pool_map(attention, (12, 9)), attention)
 
 
-def _record(attention: torch.Tensor, sinks: torch.Tensor | None = None, content=None) -> dict:
+def _record(attention: torch.Tensor, sinks: torch.Tensor | None = None, content=None) -> RegionRecord:
     """As it comes back from parquet: lists of Python numbers."""
     sinks = torch.zeros_like(attention) if sinks is None else sinks
-    return {
-        "height": attention.shape[0],
-        "width": attention.shape[1],
-        "grounding": attention.flatten().tolist(),
-        "sinks": sinks.flatten().tolist(),
-        "content": content,
-    }
+    row = {"id": "0", "image_id": "0", "question": "?", "answers": [], "response": ""}
+    maps = {"grounding": attention.flatten().tolist(), "sinks": sinks.flatten().tolist()}
+    return RegionRecord.from_row(
+        {**row, **maps, "height": attention.shape[0], "width": attention.shape[1], "content": content}
+    )
 
 
 def test_targets_on_the_own_grid_are_the_rule() -> None:
     attention, sinks = torch.rand(6, 9) ** 6, torch.rand(6, 9) * 0.02
-    found = load_region_targets(_record(attention, sinks), (6, 9), TriStateConfig(largest_box=2.0))
+    found = load_region_targets(_record(attention, sinks), (6, 9), LabelRule(largest_box=2.0))
     assert torch.equal(found, _labels(attention, sinks, largest_box=2.0))
     assert found.dtype == torch.long and (found == 1).any() and (found == 0).any()
 
@@ -137,13 +136,13 @@ def test_targets_on_the_own_grid_are_the_rule() -> None:
 def test_targets_follow_the_place_to_another_grid(grid) -> None:
     attention = torch.full((16, 12), 1e-4)
     attention[4, 9] = 0.3
-    labels = load_region_targets(_record(attention), grid, TriStateConfig(dilation=0))
+    labels = load_region_targets(_record(attention), grid, LabelRule(dilation=0))
     assert labels.shape == grid
     rows, columns = (labels == 1).nonzero(as_tuple=True)
     x, y = 9.5 / 12 * grid[1], 4.5 / 16 * grid[0]
     assert rows.min() <= y <= rows.max() + 1 and columns.min() <= x <= columns.max() + 1
     assert (labels == 1).sum() <= 4
-    unpooled = load_region_targets(_record(attention), grid, TriStateConfig(dilation=0, pool=False))
+    unpooled = load_region_targets(_record(attention), grid, LabelRule(dilation=0, pool=False))
     assert unpooled.shape == (16, 12) and unpooled[4, 9] == 1
 
 
@@ -151,7 +150,7 @@ def test_sinks_are_judged_by_cell_before_maps_are_pooled() -> None:
     attention, sinks = torch.full((16, 16), 1e-4), torch.full((16, 16), 0.004)
     attention[2, 3], attention[12, 12] = 0.3, 0.9
     sinks[12, 12] = 0.02
-    labels = load_region_targets(_record(attention, sinks), (4, 4), TriStateConfig(dilation=0))
+    labels = load_region_targets(_record(attention, sinks), (4, 4), LabelRule(dilation=0))
     assert labels[0, 0] == 1 and labels[3, 3] == 0
     assert (labels == 1).sum() == 1
 
@@ -160,5 +159,5 @@ def test_padding_follows_to_another_grid() -> None:
     attention = torch.full((8, 8), 1e-4)
     attention[4, 4] = 0.3
     attention[0, 0] = 0.9
-    labels = load_region_targets(_record(attention, content=[0.0, 2.0, 8.0, 6.0]), (4, 4), TriStateConfig(dilation=0))
+    labels = load_region_targets(_record(attention, content=[0.0, 2.0, 8.0, 6.0]), (4, 4), LabelRule(dilation=0))
     assert labels[2, 2] == 1 and (labels[0] == 0).all() and (labels[3] == 0).all()

@@ -1,5 +1,6 @@
 """`train-regions`: questions share sequences, each is asked at its own last prompt token, any family trains."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,17 +14,31 @@ from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import Session, open_session
 from modeling_qzoom.data.config import DataConfig
 from modeling_qzoom.data.readers import load_rows
-from modeling_qzoom.training.common.label_store import labelled_rows
+from modeling_qzoom.data.rows import Row
 from modeling_qzoom.training.regions import train as train_regions
-from modeling_qzoom.training.regions.config import TrainRegionsConfig, TriStateConfig
-from modeling_qzoom.training.regions.record import coarse_grid, right_records, sequences, usable_records
-from modeling_qzoom.training.regions.train import RegionDataset, collate_regions, measure_regions
+from modeling_qzoom.training.regions.config import LabelRule, TrainRegionsConfig
+from modeling_qzoom.training.regions.samples import (
+    RegionDataset,
+    coarse_grid,
+    collate_regions,
+    measure_regions,
+    right_records,
+    sequences,
+    usable_records,
+)
 from modeling_qzoom.training_losses_qzoom import IGNORED
 from tests.tiny import FAMILIES, tiny_vlm
-from tests.training.stage_fixtures import budget, region_record, write_data, write_model, write_region_labels
+from tests.training.stage_fixtures import (
+    budget,
+    region_record,
+    rows_of,
+    write_data,
+    write_model,
+    write_region_labels,
+)
 
 
-RULE = TriStateConfig(dilation=0)
+RULE = LabelRule(dilation=0)
 
 
 def make_setting(folder: Path, family: str) -> dict[str, str]:
@@ -73,7 +88,7 @@ def test_an_output_folder_that_holds_another_model_is_refused_before_the_run(sin
 
 
 def dataset_of(session: Session, setting, most: int) -> RegionDataset:
-    rows = labelled_rows(setting["labels"], "label-regions")
+    rows = rows_of(setting["labels"], "label-regions")
     records = [region_record(row, seed=number) for number, row in enumerate(rows.values())]
     return RegionDataset(session, sequences(records, most), rows, RULE)
 
@@ -137,36 +152,38 @@ def test_no_graph_is_kept_below_the_branch(session, setting) -> None:
 
 
 def test_questions_about_an_image_share_sequences() -> None:
-    records = [{"id": str(n), "image_id": name} for n, name in enumerate("aababa")]
-    groups = [[record["id"] for record in group] for group in sequences(records, 3)]
+    rows = [Row(str(n), None, "?", ("x",), name) for n, name in enumerate("aababa")]
+    records = [region_record(row) for row in rows]
+    groups = [[record.id for record in group] for group in sequences(records, 3)]
     assert groups == [["0", "1", "3"], ["5"], ["2", "4"]]
 
 
 def test_maps_without_a_label_are_dropped(single, caplog) -> None:
     rows = list(load_rows(DataConfig(data=single["data"])))
     records = [region_record(row, seed=number) for number, row in enumerate(rows)]
-    records[1]["grounding"] = records[1]["grounding"] * 1e-4  # below the faintest peak
+    records[1].grounding[:] *= 1e-4  # below the faintest peak
     with caplog.at_level("INFO"):
         kept = usable_records(records, RULE, None)
-    assert [record["id"] for record in kept] == [row.id for row in rows if row.id != rows[1].id]
+    assert [record.id for record in kept] == [row.id for row in rows if row.id != rows[1].id]
     assert f"{len(rows) - 1} of {len(rows)} maps hold labels" in caplog.text
     with pytest.raises(ValueError, match="None of the 1 maps holds a label"):
         usable_records(records[1:2], RULE, None)
 
 
 def test_maps_of_wrong_answers_can_be_left_out(single) -> None:
-    rows = labelled_rows(single["labels"], "label-regions").values()
+    rows = rows_of(single["labels"], "label-regions").values()
     records = [region_record(row) for row in rows]
-    records[0]["response"], records[1]["answers"] = "something else", []
-    assert [record["id"] for record in right_records(records)] == [record["id"] for record in records[2:]]
+    records[0] = dataclasses.replace(records[0], response="something else")
+    records[1] = dataclasses.replace(records[1], answers=())
+    assert [record.id for record in right_records(records)] == [record.id for record in records[2:]]
     with pytest.raises(ValueError, match="None of the 2 responses is the annotated answer"):
         right_records(records[:2])
 
 
 def test_the_coarse_grid_keeps_the_aspect() -> None:
-    assert coarse_grid({"height": 16, "width": 32}, 128) == (8, 16)
-    assert coarse_grid({"height": 4, "width": 6}, 128) == (4, 6)
-    assert coarse_grid({"height": 4, "width": 6}, None) == (4, 6)
+    assert coarse_grid((16, 32), 128) == (8, 16)
+    assert coarse_grid((4, 6), 128) == (4, 6)
+    assert coarse_grid((4, 6), None) == (4, 6)
 
 
 def test_labels_of_another_backbone_are_refused(single, tmp_path) -> None:
@@ -181,10 +198,10 @@ def test_labels_of_another_backbone_are_refused(single, tmp_path) -> None:
 def test_data_that_changed_is_noticed(tmp_path) -> None:
     model, data = write_model(tmp_path / "model", "llava"), write_data(tmp_path / "data", images=1)
     labels = write_region_labels(tmp_path / "labels", model, data)
-    assert list(labelled_rows(labels, "label-regions")) == ["0-0", "0-1"]
+    assert list(rows_of(labels, "label-regions")) == ["0-0", "0-1"]
     Path(data).write_text(Path(data).read_text().replace("what is 1?", "where is 1?"))
     with pytest.raises(ValueError, match="rows have changed since"):
-        labelled_rows(labels, "label-regions")
+        rows_of(labels, "label-regions")
 
 
 def test_continuing_starts_from_the_branch_as_it_is(single, tmp_path) -> None:
@@ -207,7 +224,7 @@ def test_two_processes(family, tmp_path) -> None:
     model = write_model(tmp_path / "model", family)
     data = write_data(tmp_path / "data", images=8)
     labels = write_region_labels(tmp_path / "labels", model, data)
-    launch = Path(train_regions.__file__).parent / "configs" / "launch" / "ddp.yaml"
+    launch = Path(train_regions.__file__).parents[1] / "configs" / "launch" / "ddp.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
     command += ["--num_processes", "2", "--main_process_port", "0", "-m", "modeling_qzoom.training", "train-regions"]
     options = {"model": model, "labels": labels, "rule.dilation": 0, **budget(family)}
@@ -246,9 +263,8 @@ def test_a_4_bit_backbone_stays_4_bit(single, tmp_path) -> None:
     wide.vision_config.hidden_size = 64  # a block of 4-bit weights
     AutoModelForImageTextToText.from_config(wide).save_pretrained(tmp_path / "base")
     PROCESSORS["qwen2_5_vl"]().backbone_processor.save_pretrained(tmp_path / "base")
-    config = config_of({**single, "model": str(tmp_path / "base")}, tmp_path / "output", other_backbone=True)
-    config.branch_layer, config.branch_depth = 3, 2
-    config.load_in_4bit, config.output_format = True, "addon"
+    plain = {"branch_layer": 3, "branch_depth": 2, "load_in_4bit": True, "output_format": "addon"}
+    config = config_of({**single, "model": str(tmp_path / "base")}, tmp_path / "output", other_backbone=True, **plain)
     train_regions.run(config)
     held = load_file(tmp_path / "output" / "model.safetensors")
     assert held and all(name.startswith("zoom.") for name in held)
