@@ -54,9 +54,10 @@ class QZoomOutput(CausalLMOutputWithPast):
     gate_logits: torch.FloatTensor | None = None
 
     def __init__(self, *args: Any, **values: Any) -> None:
-        # a keyword for every name, because DistributedDataParallel takes an output apart and builds it again
+        # any name, because DistributedDataParallel takes an output apart and builds it again
+        values = {**dict(zip((field.name for field in fields(self)), args)), **values}
         parents = {"past_key_values", *(field.name for field in fields(CausalLMOutputWithPast))}
-        super().__init__(*args, **{name: value for name, value in values.items() if name in parents})
+        super().__init__(**{name: value for name, value in values.items() if name in parents})
         for name, value in values.items():
             if name not in parents and value is not None:
                 self[name] = value

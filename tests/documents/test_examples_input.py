@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import Table, parquet
 
-from tests.documents.test_examples import EXAMPLES, ROOT, answers, pictures
+from tests.documents.test_examples import EXAMPLES, ROOT, answers, common, demo, pictures, run  # noqa: F401
 
 
 def stops(capfd, run, name: str, *given: str) -> str:
