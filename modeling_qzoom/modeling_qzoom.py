@@ -252,6 +252,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
 
     def _with_branches(self, output: QZoomOutput) -> QZoomOutput:
         """The result of a pass that runs no branch, for wrappers that wait for every trainable weight."""
+        if not torch.is_grad_enabled():
+            return output
         for name in ("loss", "logits"):
             if output.get(name) is not None:
                 output[name] = with_unused(output[name], self.zoom.parameters())

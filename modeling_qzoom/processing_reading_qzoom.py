@@ -75,7 +75,8 @@ def _recognise(head: bytes) -> tuple[str, str] | None:
 
 
 def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    """A path, an address or a text for a message; a long one keeps its end, where a file's name is."""
+    return repr(text if len(text) <= 80 else f"{text[:37]}...{text[-40:]}")
 
 
 def _explain(name: str, head: bytes, error: Exception) -> str:

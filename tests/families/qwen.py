@@ -62,7 +62,7 @@ class QwenFamily(Family):
             "text": "<|vision_start|>" + self.image_token * (height * width) + "<|vision_end|>",
             "pixel_values": torch.randn(4 * height * width, 6 * self.patch**2, generator=generator),
             "image_grid_thw": [1, 2 * height, 2 * width],
-            "source": random_source(height * 60 + seed % 7, width * 55, seed),
+            "source": random_source(height * 60 + seed // 7 % 7, width * 55, seed),
         }
 
     def finish_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

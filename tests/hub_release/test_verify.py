@@ -175,7 +175,7 @@ WRONG = {
             replace("processing_keywords_qzoom.py", "def ", "def  ")(folder),
             fields("config.json", qzoom_version=None)(folder),
         ],
-        r"^zoom_crops_qzoom\.py, processing_keywords_qzoom\.py: not as in this package .*built by another version, "
+        r"^processing_keywords_qzoom\.py, zoom_crops_qzoom\.py: not as in this package .*built by another version, "
         r"which the folder",
     ),
     "code of another version": (

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from modeling_qzoom import QZoomOutput
+from modeling_qzoom import InputError, QZoomOutput
 from modeling_qzoom.backbone_cache_qzoom import CACHE
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tiny_vlm
 
@@ -103,15 +103,18 @@ def test_a_model_has_the_video_method_if_its_vlm_has(family):
     assert model.get_decoder() is model.vlm.get_decoder()
 
 
-def calls(model, inputs: dict):
+def plain_calls(model, inputs: dict):
     plain = plain_inputs(inputs)
-    labels = inputs["input_ids"].clone()
     yield lambda: model(**plain)
-    yield lambda: model(**plain, labels=labels)
-    yield lambda: model(**inputs, labels=labels)
+    yield lambda: model(**plain, labels=inputs["input_ids"].clone())
+    yield lambda: model.generate(**inputs, zoom="never", max_new_tokens=1)
+
+
+def training_calls(model, inputs: dict):
+    plain = plain_inputs(inputs)
+    yield lambda: model(**inputs, labels=inputs["input_ids"].clone())
     yield lambda: model(**plain, gate_targets=torch.ones(2))
     yield lambda: model(**plain, region_targets=[torch.ones(1, 2, 2), [torch.ones(1, 2, 2)] * 2])
-    yield lambda: model.generate(**inputs, zoom="never", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("surplus", [False, True], ids=["fewer", "more"])
@@ -124,11 +127,15 @@ def test_images_and_prompts_that_do_not_fit_are_called_so_as_the_vlm_does(family
             inputs[name] = other[name]
     with pytest.raises(ValueError) as plain:
         model.vlm(**plain_inputs(inputs))
-    for call in calls(model, inputs):
+    for call in plain_calls(model, inputs):
         with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: ") as error:
             call()
         if family in QWEN:
             assert str(error.value) == str(plain.value)
+    # these know the rows, and name the place
+    for call in training_calls(model, inputs):
+        with pytest.raises(InputError, match=r"image tokens"):
+            call()
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -140,7 +147,7 @@ def test_image_tokens_in_more_stretches_than_images_are_named(family):
     for tensor in (ids, kinds):
         tensor[0, : place + 1] = torch.cat([tensor[0, 1 : place + 1], tensor[0, :1]])
     for call in ({}, {"gate_targets": torch.ones(1)}):
-        with pytest.raises(ValueError, match="more separate stretches"):
+        with pytest.raises(ValueError, match="more separate stretches|image tokens in a row"):
             model(**inputs, **call)
 
 
