@@ -154,7 +154,7 @@ def test_api_reference(tmp_path):
     assert 'id="QZoomForConditionalGeneration.generate"' in (tmp_path / "modeling_qzoom.html").read_text()
     package = tmp_path / "modeling_qzoom"
     assert 'id="QZoomLoadingMixin.from_backbone"' in (package / "loading_qzoom.html").read_text()
-    assert (package / "training" / "stage_configs.html").is_file()
+    assert (package / "training" / "regions" / "config.html").is_file()
     assert not list(package.glob("training/demo_*"))
 
 

@@ -130,6 +130,9 @@ def test_ten_lines_print_what_they_promise(tmp_path):
 
 
 @pytest.mark.slow
+# TRL's and peft's own, on the newest transformers
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_block(block: Block, reader: Reader):
     """In the README's order: a block may use what those before it have made."""

@@ -345,7 +345,8 @@ def fault(draw: Draw) -> str | None:
         answer = draw.call()
     except (ValueError, TypeError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        ours = frame.filename.startswith(OURS) and type(error).__module__ == "builtins"
+        is_plain = isinstance(error, modeling_qzoom.QZoomError) or type(error) in (ValueError, TypeError)
+        ours = frame.filename.startswith(OURS) and is_plain
         if (ours or frame.name in THEIRS) and len(str(error)) > 20:
             return None
         place = f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
