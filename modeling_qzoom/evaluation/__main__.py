@@ -20,12 +20,12 @@ import torch
 import transformers
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS
+from ..asking.answers import BATCH_SIZE
 from ..asking.budgets import coarse_budget
 from ..data.drawn.pages import SPLITS
 from ..data.files import check_output_file, damage_named
 from ..zoom_options_qzoom import OPTION_NAMES
-from .arms import ArmRunner
+from .arms import MAX_NEW_TOKENS, ArmRunner
 from .benchmark import measure_drawn, measure_file
 from .pareto import check_picture, draw_pareto
 

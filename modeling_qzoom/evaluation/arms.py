@@ -13,17 +13,21 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answer, answer_batch, in_batches, prepare
+from ..asking.answers import BATCH_SIZE, Answer, answer_batch, in_batches, prepare
 from ..asking.budgets import Budget, coarse_budget, plain_budget
+from ..asking.config import ModelConfig
 from ..asking.cost import PrefillCost
 from ..asking.gating import HELD_OPEN, derive_auto
 from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
+from ..asking.session import Session
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
 from .figures import Outcome, Record
 
 
+# longest answer to a drawn question, in tokens
+MAX_NEW_TOKENS = 16
+# the plain model's large budget, in coarse budgets
 LARGE = 8
-"""The plain model's large budget, in coarse budgets."""
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +125,8 @@ class ArmRunner:
         ladder_rows: int = 0,
     ):
         self.model, self.processor = model, processor
-        self.batch_size, self.max_new_tokens, self.ladder_rows = batch_size, max_new_tokens, ladder_rows
+        self.session = Session(model, processor, ModelConfig(max_new_tokens=max_new_tokens))
+        self.batch_size, self.ladder_rows = batch_size, ladder_rows
         self.coarse = coarse_budget(processor)
         if self.coarse is None and ladder:
             raise ValueError("A ladder of budgets needs a backbone that sees images at several resolutions.")
@@ -213,8 +218,8 @@ class _BatchRun:
         runner, key = self.runner, (budget, places)
         if key not in self._inputs:
             rows = [(self.items[place].image, self.items[place].question) for place in places]
-            self._inputs[key] = prepare(runner.model, runner.processor, rows, budget)
-        return answer_batch(runner.model, runner.processor, self._inputs[key], runner.max_new_tokens, **options)
+            self._inputs[key] = prepare(runner.session, rows, budget)
+        return answer_batch(runner.session, self._inputs[key], **options)
 
     def _record(self, name: str, place: int, answer: Answer, cost: PrefillCost) -> None:
         self.outcomes[place][name] = to_outcome(answer, self.items[place].truth, cost)
