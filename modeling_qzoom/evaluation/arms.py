@@ -18,9 +18,10 @@ from ..asking.budgets import Budget, coarse_budget, plain_budget
 from ..asking.config import ModelConfig
 from ..asking.cost import PrefillCost
 from ..asking.gating import HELD_OPEN, derive_auto
-from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
+from ..asking.metrics import Truth, anls, exact_match, relaxed_match
 from ..asking.session import Session
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
+from ..zoom_regions_qzoom import Box
 from .figures import Outcome, Record
 
 

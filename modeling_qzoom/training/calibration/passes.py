@@ -15,7 +15,8 @@ from ...asking.gating import HELD_OPEN
 from ...asking.judges import Judge
 from ...asking.session import Session
 from ...data.bad_rows import BadRows
-from ...data.rows import Box, Row
+from ...data.rows import Row
+from ...zoom_regions_qzoom import Box
 from ..common.labelling import label_in_batches
 from .candidates import Candidate
 from .config import CalibrateConfig

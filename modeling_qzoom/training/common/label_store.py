@@ -14,7 +14,7 @@ from typing import Any
 from ...data.bad_rows import BadRows
 from ...data.config import DataConfig
 from ...data.files import read_json, write_json, written_whole
-from ...data.readers import read_parquet
+from ...data.records import read_parquet
 from ...data.rows import Row, Rows
 
 

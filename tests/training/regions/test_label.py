@@ -14,7 +14,9 @@ import pytest
 from modeling_qzoom.asking.fingerprints import backbone_fingerprint
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.bad_rows import BadRows
-from modeling_qzoom.data.readers import drawn_rows, load_rows, read_parquet
+from modeling_qzoom.data.drawn.rows import drawn_rows
+from modeling_qzoom.data.readers import load_rows
+from modeling_qzoom.data.records import read_parquet
 from modeling_qzoom.training.common.config_files import load_config
 from modeling_qzoom.training.common.label_store import read_labels, read_manifest
 from modeling_qzoom.training.regions.config import LabelRegionsConfig, LabelRule
