@@ -114,7 +114,7 @@ class Passes:
         label = functools.partial(self._coarse_batch, candidates)
         labels = list(label_in_batches(rows, load, label, self.batch_size, self.bad))
         coarse = sorted(self._gather(labels), key=lambda row: row.place)
-        self.bad.found = self._gather(self.bad.found)
+        self.bad.skipped = self._gather(self.bad.skipped)
         self.bad.check(len(coarse))
         return coarse
 

@@ -171,7 +171,7 @@ def test_empty_responses_are_skipped_and_named(model, data, tmp_path) -> None:
     config = _config(model, data, tmp_path / "labels", max_new_tokens=1)
     labeler, bad = RegionLabeler(open_session(config), config), BadRows("test")
     assert labeler(drawn_rows("train", 1, 0), bad) == []
-    assert "response is empty" in bad.found[0]
+    assert "response is empty" in bad.skipped[0]
 
 
 def test_heads_come_from_a_file_or_from_tables(model, data, tmp_path) -> None:
