@@ -12,7 +12,9 @@ from pathlib import Path
 from hub_release.repository.files import ROOT
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor, ZoomReport
 from modeling_qzoom.asking.answers import ask
+from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.metrics import covered_share
+from modeling_qzoom.asking.session import Session
 from modeling_qzoom.data.drawn.pages import Page, Question
 from modeling_qzoom.data.drawn.questions import ask_question, draw_page
 
@@ -39,7 +41,8 @@ def fine_report(
     model: QZoomForConditionalGeneration, processor: QZoomProcessor, page: Page, questions: list[Question]
 ) -> ZoomReport | None:
     """The report of the fine question, if both answers are right and only the fine one zooms, onto its place."""
-    coarse, fine = list(ask(model, processor, [(page.image, question.text) for question in questions]))
+    session = Session(model, processor, ModelConfig(max_new_tokens=16))
+    coarse, fine = list(ask(session, [(page.image, question.text) for question in questions]))
     if [coarse.text, fine.text] != [question.answer for question in questions] or coarse.report.zoomed:
         return None
     box = fine.report.box

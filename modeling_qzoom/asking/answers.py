@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from .. import QZoomForConditionalGeneration, QZoomProcessor, ZoomReport
+from .. import ZoomReport
 from ..backbones_qzoom import token_grid_of
 from ..prompt_qzoom import marker_ids
 from .budgets import Budget
@@ -18,8 +17,10 @@ from .chats import encode_prompts, render
 from .session import Session
 
 
+ImageQuestion = tuple[Image.Image, str]
+T = TypeVar("T")
+
 BATCH_SIZE = 16
-MAX_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Answer:
     """What the model said about one row, and what the prompt looked like, which is what its cost depends on.
 
     Args:
-        text: The decoded answer without special tokens.
-        report: What zooming did.
-        prompt_tokens: Tokens of the prompt without padding.
-        suffix_tokens: Tokens of the prompt behind the image and its end marker.
+        text: the decoded answer without special tokens and surrounding white space.
+        report: what zooming did.
+        prompt_tokens: number of tokens of the prompt without padding.
+        suffix_tokens: number of tokens of the prompt after the image and its end marker.
         grid: (height, width) of the coarse image in merged visual tokens.
     """
 
@@ -46,24 +47,18 @@ class Answer:
         return self.report.coarse_tokens + self.report.crop_tokens
 
 
-def prepare(
-    model: QZoomForConditionalGeneration,
-    processor: QZoomProcessor,
-    rows: Sequence[tuple[Image.Image, str]],
-    budget: Budget | None = None,
-) -> BatchFeature:
-    """One batch of (image, question) rows as `generate` takes it, on the model's device and in its type.
+def prepare(session: Session, rows: Sequence[ImageQuestion], budget: Budget | None = None) -> BatchFeature:
+    """One batch of rows as `generate` takes it, on the model's device and in its type.
 
     Args:
-        budget: Coarse budget; the processor's own if None.
+        session: the model; its configuration sets the prompts.
+        rows: an image and its question each.
+        budget: coarse budget; the processor's own if None.
     """
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for _, question in rows
-    ]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    sizes: dict[str, Any] = {} if budget is None else {"min_tokens": budget[0], "max_tokens": budget[1]}
-    inputs = processor(images=[[image] for image, _ in rows], text=prompts, **sizes).to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    texts = [render(session.processor, [(question, None)], session.config) for _, question in rows]
+    inputs = BatchFeature(encode_prompts(session.processor, [image for image, _ in rows], texts, budget))
+    inputs = inputs.to(session.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(session.model.dtype)
     return inputs
 
 
@@ -75,20 +70,22 @@ def _suffix_tokens(ids: Tensor, image_token_id: int, markers: tuple[int, int] | 
     return len(ids) - end
 
 
-def answer_batch(
-    model: QZoomForConditionalGeneration,
-    processor: QZoomProcessor,
-    inputs: BatchFeature,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    **options: Any,
-) -> list[Answer]:
+def answer_batch(session: Session, inputs: BatchFeature, **options: Any) -> list[Answer]:
     """Greedy answers to a prepared batch of rows with one image each.
 
     Args:
-        options: Zoom options of `generate`; with zoom="never" the model is the plain one.
+        session: the model; its configuration sets the longest answer.
+        inputs: what `prepare` makes of the rows; it serves several calls.
+        options: zoom options of `generate`; with zoom="never" the model is the plain one.
     """
+    model, processor = session.model, session.processor
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_zoom_reports=True, **options
+        **inputs,
+        do_sample=False,
+        max_new_tokens=session.config.max_new_tokens,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        return_zoom_reports=True,
+        **options,
     )
     ids = inputs["input_ids"]
     texts = processor.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
@@ -97,10 +94,18 @@ def answer_batch(
     grids = token_grid_of(model.config.vlm_config).token_grids(image_tokens, inputs.get("image_grid_thw"))
     markers, image_token = marker_ids(model.config), model.config.image_token_id
     suffixes = [_suffix_tokens(row, image_token, markers) for row in ids.cpu()]
-    return [Answer(*parts) for parts in zip(texts, output.zoom_reports, lengths, suffixes, grids, strict=True)]
+    stripped = [text.strip() for text in texts]
+    return [Answer(*parts) for parts in zip(stripped, output.zoom_reports, lengths, suffixes, grids, strict=True)]
 
 
-def in_batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def ask_batch(
+    session: Session, rows: Sequence[ImageQuestion], *, budget: Budget | None = None, **options: Any
+) -> list[Answer]:
+    """Greedy answers to rows that fit into one batch; arguments as for `ask`."""
+    return answer_batch(session, prepare(session, rows, budget), **options)
+
+
+def in_batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` rows, the last one shorter; rows are drawn as they are needed."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, size)):
@@ -108,89 +113,22 @@ def in_batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def ask(
-    model: QZoomForConditionalGeneration,
-    processor: QZoomProcessor,
-    rows: Iterable[tuple[Image.Image, str]],
+    session: Session,
+    rows: Iterable[ImageQuestion],
     *,
     batch_size: int = BATCH_SIZE,
     budget: Budget | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     **options: Any,
 ) -> Iterator[Answer]:
-    """Answers to (image, question) rows in order; no more than one batch of images is held.
+    """Greedy answers to rows in order; no more than one batch of images is in memory.
 
     Args:
-        rows: Any iterable, a generator too.
-        budget: Coarse budget (smallest, largest number of merged visual tokens); the processor's own if None.
-        options: Zoom options of `generate`; with zoom="never" the model is the plain one.
+        session: the model; its configuration sets prompts and the longest answer.
+        rows: an image and its question each; any iterable, a generator too. Several questions about one image
+            repeat it.
+        batch_size: rows that are answered together.
+        budget: coarse budget (smallest, largest number of merged visual tokens); the processor's own if None.
+        options: zoom options of `generate`; with zoom="never" the model is the plain one.
     """
     for batch in in_batches(rows, batch_size):
-        inputs = prepare(model, processor, batch, budget)
-        yield from answer_batch(model, processor, inputs, max_new_tokens, **options)
-
-
-@overload
-def greedy_answers(
-    session: Session,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    *,
-    min_tokens: int | None = ...,
-    max_tokens: int | None = ...,
-    reports: Literal[False] = ...,
-    **options: Any,
-) -> list[str]: ...
-
-
-@overload
-def greedy_answers(
-    session: Session,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    *,
-    min_tokens: int | None = ...,
-    max_tokens: int | None = ...,
-    reports: Literal[True],
-    **options: Any,
-) -> tuple[list[str], list[ZoomReport]]: ...
-
-
-@torch.inference_mode()
-def greedy_answers(
-    session: Session,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    *,
-    min_tokens: int | None = None,
-    max_tokens: int | None = None,
-    reports: bool = False,
-    **options: Any,
-) -> list[str] | tuple[list[str], list[ZoomReport]]:
-    """Answers to one question per image, without special tokens and surrounding white space.
-
-    Args:
-        session: Its configuration sets prompts and the longest answer.
-        images: One per question; several questions about one image repeat it.
-        questions: As the user asks them.
-        min_tokens, max_tokens: Coarse budget in merged visual tokens; the processor's own by default.
-        reports: Also return what the model did, one `ZoomReport` per row.
-        options: Zoom options of `generate`, such as `zoom="never"`.
-
-    Returns:
-        The answers, or answers and reports.
-    """
-    processor = session.processor
-    texts = [render(processor, [(question, None)], session.config) for question in questions]
-    inputs = encode_prompts(processor, images, texts, min_tokens, max_tokens)
-    inputs = {name: value.to(session.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    output = session.model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=session.config.max_new_tokens,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        return_zoom_reports=True,
-        **options,
-    )
-    new = output.sequences[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return (answers, output.zoom_reports) if reports else answers
+        yield from ask_batch(session, batch, budget=budget, **options)

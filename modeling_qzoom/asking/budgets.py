@@ -1,48 +1,50 @@
 """Budgets of visual tokens: the coarse one, the plain one, and ladders of both."""
 
 import math
-from typing import Any
 
 from PIL import Image
+from transformers.configuration_utils import PreTrainedConfig
 
 from .. import QZoomProcessor
 from ..backbone_grids_qzoom import FixedGrid
 from ..backbones_qzoom import spec_for_model_type, token_grid_of
 
 
-def at_budget(image: Image.Image, tokens: int, vlm_config: Any) -> tuple[Image.Image, dict[str, int]]:
-    """The image, and the processor's keywords, that show it with the detail of so many merged visual tokens.
+# smallest and largest number of merged visual tokens of the coarse view
+Budget = tuple[int, int]
+
+
+def at_budget(image: Image.Image, tokens: int, vlm_config: PreTrainedConfig) -> tuple[Image.Image, Budget | None]:
+    """The image, and the coarse budget, that show it with the detail of so many merged visual tokens.
 
     A backbone with one fixed token grid takes no budget. There the picture itself loses detail: it is reduced to the
     pixels that so many tokens would cover, and the processor enlarges it again. A rung at or above the grid's size
     shows it as it is.
 
     Args:
-        image: RGB.
-        tokens: A rung of the ladder.
-        vlm_config: The backbone's configuration.
+        image: the picture in RGB.
+        tokens: number of merged visual tokens, a rung of the ladder.
+        vlm_config: the backbone's configuration.
     """
     grid = token_grid_of(vlm_config)
     if not isinstance(grid, FixedGrid):
-        return image, {"min_tokens": tokens, "max_tokens": tokens}
+        return image, (tokens, tokens)
     share = (tokens / math.prod(grid.token_grid)) ** 0.5
     scale = grid.side * share / min(image.size)
     if share >= 1 or scale >= 1:
-        return image, {}
+        return image, None
     size = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC), {}
+    return image.resize(size, Image.Resampling.BICUBIC), None
 
 
 def check_ladder(ladder: list[int]) -> None:
-    """Raises:
-    ValueError: It has fewer than two rungs, or does not ascend.
+    """Check the rungs of a ladder of budgets.
+
+    Raises:
+        ValueError: it has fewer than two rungs, or does not ascend.
     """
     if len(ladder) < 2 or ladder[0] < 1 or any(low >= high for low, high in zip(ladder, ladder[1:])):
         raise ValueError(f"ladder must hold two or more budgets in tokens, ascending, got {ladder}.")
-
-
-Budget = tuple[int, int]
-"""Smallest and largest number of merged visual tokens of the coarse view."""
 
 
 def coarse_budget(processor: QZoomProcessor) -> Budget | None:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import QZoomProcessor
+from .budgets import Budget
 from .config import ModelConfig
 
 
@@ -19,7 +20,8 @@ def chat_of(turns: Sequence[Turn], config: ModelConfig) -> list[dict[str, Any]]:
     """A chat about one image, which the first turn shows.
 
     Args:
-        config: Its `prompt_suffix` and `system_prompt` are applied.
+        turns: questions in order, with the answers that are already given.
+        config: its `prompt_suffix` and `system_prompt` are applied.
     """
     messages: list[dict[str, Any]] = []
     if config.system_prompt:
@@ -44,15 +46,17 @@ def encode_prompts(
     processor: QZoomProcessor,
     images: Sequence[Image.Image],
     texts: Sequence[str],
-    min_tokens: int | None = None,
-    max_tokens: int | None = None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Model inputs of rendered chats with one image each, padded on the left.
 
     Args:
-        min_tokens, max_tokens: Coarse budget; the processor's own by default.
+        processor: the model's processor.
+        images: one image for each chat.
+        texts: chats as `render` writes them.
+        budget: coarse budget; the processor's own by default.
     """
-    sizes: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens, "min_tokens": min_tokens or 1}
+    sizes: dict[str, Any] = {} if budget is None else {"min_tokens": budget[0], "max_tokens": budget[1]}
     return dict(processor(images=[[image] for image in images], text=list(texts), return_tensors="pt", **sizes))
 
 
@@ -62,10 +66,13 @@ def query_columns(
     """Columns of each question's last prompt token in an unpadded multi-turn sequence.
 
     Args:
+        processor: the model's processor.
         input_ids: (n,) ids of the whole chat.
+        turns: the chat.
+        config: options that rendered the chat.
 
     Raises:
-        ValueError: The chat template does not extend a chat by appending to it.
+        ValueError: the chat template does not extend a chat by appending to it.
     """
     columns = []
     tokenizer = processor.tokenizer
@@ -89,8 +96,9 @@ def stack_features(features: Sequence[dict[str, Any]], pad_token_id: int) -> dic
     """One batch of inputs that were processed one by one, each perhaps at a budget of its own; padded on the left.
 
     Args:
-        features: Outputs of the processor for one row each: `input_ids` and other (1, n) tensors, image tensors whose
+        features: outputs of the processor for one row each: `input_ids` and other (1, n) tensors, image tensors whose
             first axis runs over patches or images, and lists.
+        pad_token_id: token that fills shorter rows.
     """
     length = max(entry["input_ids"].shape[1] for entry in features)
     batch: dict[str, Any] = {}

@@ -27,7 +27,7 @@ class DecoderCost:
     """FLOPs of the decoder and of both branches.
 
     Args:
-        config: The model's configuration.
+        config: the model's configuration.
     """
 
     def __init__(self, config: QZoomConfig):
@@ -43,34 +43,40 @@ class DecoderCost:
         self.mlp = 3 * 2 * self.hidden * text.intermediate_size
 
     def layer(self, queries: int, keys: int) -> int:
-        """One layer over `queries` tokens that attend to `keys` tokens."""
+        """FLOPs of one layer over `queries` tokens that attend to `keys` tokens."""
         heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return _layer(queries, keys, self.hidden, heads, kv_heads, self.mlp)
 
     def below(self, prompt: int) -> int:
-        """Layers [0, K)."""
+        """FLOPs of the layers [0, K) over a prompt."""
         return self.branch_layer * self.layer(prompt, prompt)
 
     def above(self, length: int) -> int:
-        """Layers [K, L)."""
+        """FLOPs of the layers [K, L) over so many tokens."""
         return (self.layers - self.branch_layer) * self.layer(length, length)
 
     def head(self) -> int:
-        """Logits of one token."""
+        """FLOPs of the logits of one token."""
         return 2 * self.hidden * self.vocabulary
 
     def gate(self, prompt: int) -> int:
-        """T layers."""
+        """FLOPs of the gate branch: its T layers over the prompt."""
         return self.branch_depth * self.layer(prompt, prompt)
 
     def region(self, prompt: int, visual: int) -> int:
-        """T - 1 layers, queries of two tokens, keys of all visual ones and their products."""
+        """FLOPs of the region branch: T - 1 layers, then the map.
+
+        Queries of two tokens, keys of all visual tokens, and their products make the map.
+        """
         projections = 2 * self.hidden * self.head_dim * (2 * self.heads + visual * self.kv_heads)
         products = 2 * 2 * visual * self.head_dim * (self.heads + 1)
         return (self.branch_depth - 1) * self.layer(prompt, prompt) + projections + products
 
     def second_pass(self, chunk: int, fused: int) -> int:
-        """Layers [0, K) for the `chunk` tokens that no prefix covers, then layers [K, L) for all `fused` tokens."""
+        """FLOPs of the second pass.
+
+        Layers [0, K) run for the `chunk` tokens that no prefix covers, layers [K, L) for all `fused` tokens.
+        """
         return self.branch_layer * self.layer(chunk, fused) + self.above(fused)
 
 
@@ -81,7 +87,7 @@ class VisionCost:
     neither (CLIP, one fixed grid).
 
     Args:
-        config: The model's configuration.
+        config: the model's configuration.
     """
 
     def __init__(self, config: QZoomConfig):
@@ -123,8 +129,8 @@ class VisionCost:
         """Layers over the patches and the class token, then a projector of two matrices."""
         tokens, mlp = patches + 1, 2 * 2 * self.width * self.vision.intermediate_size
         layer = _layer(tokens, tokens, self.width, self.width, self.width, mlp)
-        chosen = self.vlm.vision_feature_layer
-        features = self.width * (1 if isinstance(chosen, int) else len(chosen))
+        layers = self.vlm.vision_feature_layer
+        features = self.width * (1 if isinstance(layers, int) else len(layers))
         return self.vision.num_hidden_layers * layer + 2 * patches * self.output * (features + self.output)
 
 
@@ -133,9 +139,9 @@ class Prompt:
     """Lengths of a prompt with one image.
 
     Args:
-        tokens: Its length, visual tokens included.
-        suffix: Tokens behind the image and its end marker.
-        grid: (height, width) of the image.
+        tokens: its length in tokens, visual tokens included.
+        suffix: number of tokens after the image and its end marker.
+        grid: (height, width) of the image in merged visual tokens.
     """
 
     tokens: int
@@ -144,7 +150,7 @@ class Prompt:
 
     @property
     def visual(self) -> int:
-        """Visual tokens."""
+        """Number of visual tokens of the coarse image."""
         return self.grid[0] * self.grid[1]
 
 
@@ -152,11 +158,11 @@ class PrefillCost:
     """FLOPs of a whole prefill, vision tower included, of rows with one image.
 
     Args:
-        config: The model's configuration.
-        options: Options in force; they set the crop's budget.
+        config: the model's configuration.
+        options: options in force; they set the crop's budget.
 
     Raises:
-        ValueError: The crop's budget is unknown.
+        ValueError: the crop's budget is unknown.
     """
 
     def __init__(self, config: QZoomConfig, options: ZoomOptions):
@@ -165,20 +171,21 @@ class PrefillCost:
         self.markers = 0 if config.backbone.image_start_token is None else 2
 
     def plain(self, prompt: Prompt) -> int:
-        """The plain VLM, and with zoom="never"."""
+        """FLOPs of the plain VLM, and of a row with zoom="never"."""
         decoder = self.decoder.below(prompt.tokens) + self.decoder.above(prompt.tokens) + self.decoder.head()
         return self.vision(prompt.grid) + decoder
 
     def skipped(self, prompt: Prompt) -> int:
-        """A row whose gate stays closed: the plain prefill and the gate's T layers."""
+        """FLOPs of a row whose gate stays closed: the plain prefill and the gate's T layers."""
         return self.plain(prompt) + self.decoder.gate(prompt.tokens)
 
     def zoomed(self, prompt: Prompt, crop: Grid, gate: bool = True) -> int:
-        """A row that zooms: the prefix crosses every layer once, what follows crosses layers [0, K) twice.
+        """FLOPs of a row that zooms: the prefix crosses every layer once, what follows crosses layers [0, K) twice.
 
         Args:
-            crop: (height, width) of the crop.
-            gate: Whether the gate was asked; zoom="always" does not.
+            prompt: lengths of the row's prompt.
+            crop: (height, width) of the crop in merged visual tokens.
+            gate: whether the gate branch ran; with zoom="always" it does not.
         """
         inserted = crop[0] * crop[1] + self.markers
         vision = self.vision(prompt.grid) + self.vision(crop)
@@ -188,12 +195,12 @@ class PrefillCost:
         return vision + first + second + self.decoder.head()
 
     def of_answer(self, answer: Answer) -> int:
-        """FLOPs of the prefill that gave an answer, from its report: plain, skipped, zoomed, or looked at in vain."""
+        """FLOPs of the prefill that gave an answer, as its report tells: plain, skipped, zoomed or without a crop."""
         prompt, report = Prompt(answer.prompt_tokens, answer.suffix_tokens, answer.grid), answer.report
-        asked = report.gate_probability is not None or report.reason == "gate_nan"
+        gate = report.gate_probability is not None or report.reason == "gate_nan"
         if report.zoomed:
-            return self.zoomed(prompt, self.crop_grid(report), asked)
-        cost = self.skipped(prompt) if asked else self.plain(prompt)
+            return self.zoomed(prompt, self.crop_grid(report), gate)
+        cost = self.skipped(prompt) if gate else self.plain(prompt)
         if report.reason in ("empty_map", "map_nan", "crop_failed"):
             cost += self.decoder.region(prompt.tokens, prompt.visual)
         return cost

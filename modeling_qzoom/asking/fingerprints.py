@@ -23,7 +23,7 @@ def backbone_fingerprint(model: QZoomForConditionalGeneration) -> str:
 
 
 def region_fingerprint(model: QZoomForConditionalGeneration) -> str:
-    """As `backbone_fingerprint`, of the region branch, which decides where a zoomed answer looks."""
+    """Names the weights of the region branch, which decides where a zoomed answer looks."""
     return _fingerprint(model.zoom.region, "region")
 
 

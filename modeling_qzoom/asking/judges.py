@@ -23,8 +23,8 @@ Truths = tuple[str, ...]
 Metric = Callable[[str, Truths], bool]
 
 ATTEMPTS = 4
+# seconds before the second attempt; every further pause is twice as long
 FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; every further pause is twice as long."""
 _SECONDS = 120
 _VERDICT_TOKENS = 1024  # a model that thinks first needs room
 _BUSY = (408, 409, 425, 429)
@@ -46,18 +46,18 @@ RULES = (
 
 
 class Judge(Protocol):
-    """Decides about answers."""
+    """Whoever decides whether answers are right."""
 
     def judge(self, questions: Sequence[str], truths: Sequence[Truths], answers: Sequence[str]) -> list[bool]:
         """Whether each answer is right.
 
         Args:
-            questions: The questions.
-            truths: Accepted answers of each, at least one.
-            answers: One answer each; an empty one is never right.
+            questions: the questions.
+            truths: accepted answers to each, at least one.
+            answers: the answer to each; an empty one is never right.
 
         Raises:
-            ValueError: The judge cannot decide; says why.
+            ValueError: the judge cannot decide; says why.
         """
         ...
 
@@ -78,16 +78,16 @@ def _holds(text: str, part: str) -> bool:
 def contains_match(answer: str, truths: Truths) -> bool:
     """Whether the answer holds a truth or a truth the answer, both normalised; one without a letter holds nothing."""
     given = normalize(answer)
-    wanted = [normalize(truth) for truth in truths]
-    return any(given and truth and (_holds(given, truth) or _holds(truth, given)) for truth in wanted)
+    normalized = [normalize(truth) for truth in truths]
+    return any(given and truth and (_holds(given, truth) or _holds(truth, given)) for truth in normalized)
 
 
 @dataclass(frozen=True)
 class MetricJudge:
-    """Judges by a metric.
+    """A judge that applies a metric.
 
     Args:
-        metric: From an answer and its truths to a verdict.
+        metric: rule from an answer and its truths to a verdict.
     """
 
     metric: Metric
@@ -114,8 +114,8 @@ def judge_messages(question: str, truths: Truths, answer: str) -> list[dict[str,
 def parse_verdict(text: str) -> bool | None:
     """A reply as a verdict; None for anything but a Yes or No at its beginning, thoughts aside."""
     spoken = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    found = re.match(r"\W*(yes|no)\b", spoken, flags=re.IGNORECASE)
-    return None if found is None else found.group(1).lower() == "yes"
+    word = re.match(r"\W*(yes|no)\b", spoken, flags=re.IGNORECASE)
+    return None if word is None else word.group(1).lower() == "yes"
 
 
 def _line(error: Exception) -> str:
@@ -199,10 +199,10 @@ class SelfJudge:
     """The VLM as a judge of text: whether Yes or No is the likelier first token of its reply.
 
     Args:
-        session: The VLM; it sees no image.
+        session: the VLM; it sees no image.
 
     Raises:
-        ValueError: Its tokenizer spells Yes and No alike.
+        ValueError: its tokenizer spells Yes and No alike.
     """
 
     def __init__(self, session: Session) -> None:
@@ -215,8 +215,8 @@ class SelfJudge:
     def _first_tokens(self, word: str) -> set[int]:
         tokenizer = self.session.processor.tokenizer
         spellings = [space + form for space in ("", " ") for form in (word, word.lower(), word.upper())]
-        found = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in spellings}
-        return found - {tokenizer.unk_token_id}
+        first = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in spellings}
+        return first - {tokenizer.unk_token_id}
 
     @torch.no_grad()
     def judge(self, questions: Sequence[str], truths: Sequence[Truths], answers: Sequence[str]) -> list[bool]:
@@ -247,10 +247,11 @@ def judge_for(config: JudgeConfig, session: Session) -> Judge:
     """The judge of a configuration.
 
     Args:
-        session: The model, for `kind="self"`.
+        config: which judge, and its settings.
+        session: the model, for `kind="self"`.
 
     Raises:
-        ValueError: An unknown kind, or one whose settings are incomplete.
+        ValueError: an unknown kind, or one whose settings are incomplete.
     """
     if config.kind == "endpoint":
         return EndpointJudge(config)

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..zoom_regions_qzoom import Rectangle
 
-Box = tuple[float, float, float, float]
+
 Truth = str | Sequence[str]
+
+# least share of a target's area that a box has to cover to count as a hit
+COVERED = 0.9
 
 
 def _truths(truth: Truth) -> list[str]:
@@ -20,10 +24,10 @@ def _truths(truth: Truth) -> list[str]:
 
 
 def exact_match(answer: str, truth: Truth) -> bool:
-    """Whether an answer equals the truth, or one of several, but for case and surrounding white space.
+    """Whether an answer equals the truth, or one of several; case and surrounding white space do not count.
 
     Raises:
-        ValueError: An empty list of truths.
+        ValueError: an empty list of truths.
     """
     return any(answer.strip().lower() == one.strip().lower() for one in _truths(truth))
 
@@ -45,14 +49,14 @@ def anls(answer: str, truth: Truth, threshold: float = 0.5) -> float:
         threshold: A similarity has to exceed it, or counts 0: slips of reading score, wrong answers do not.
 
     Raises:
-        ValueError: An empty list of truths.
+        ValueError: an empty list of truths.
     """
     best = 0.0
     given = " ".join(answer.lower().split())
     for one in _truths(truth):
-        wanted = " ".join(one.lower().split())
-        longest = max(len(given), len(wanted))
-        similarity = 1.0 if longest == 0 else 1 - edit_distance(given, wanted) / longest
+        target = " ".join(one.lower().split())
+        longest = max(len(given), len(target))
+        similarity = 1.0 if longest == 0 else 1 - edit_distance(given, target) / longest
         best = max(best, similarity)
     return best if best > threshold else 0.0
 
@@ -73,13 +77,13 @@ def relaxed_match(answer: str, truth: Truth, tolerance: float = 0.05) -> bool:
         tolerance: Largest accepted deviation as a share of the truth; a truth of zero has to be met exactly.
 
     Raises:
-        ValueError: An empty list of truths.
+        ValueError: an empty list of truths.
     """
     given = _number(answer)
     for one in _truths(truth):
-        wanted = _number(one)
-        if given is not None and wanted:
-            if abs(given - wanted) <= tolerance * abs(wanted):
+        target = _number(one)
+        if given is not None and target:
+            if abs(given - target) <= tolerance * abs(target):
                 return True
         elif exact_match(answer, one):
             return True
@@ -94,30 +98,30 @@ def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
         labels: (n,) True for positives.
 
     Raises:
-        ValueError: No positive or no negative label.
+        ValueError: no positive or no negative label.
     """
-    positives, negatives = _tied_counts(scores, labels)
-    return float(_area(positives[None], negatives[None])[0])
+    positives, negatives = tied_counts(scores, labels)
+    return float(roc_area(positives[None], negatives[None])[0])
 
 
-def _tied_counts(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+def tied_counts(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     """(v,) positives and (v,) negatives at each distinct score, in ascending order."""
-    wanted = np.asarray(labels, dtype=bool)
-    if wanted.all() or not wanted.any():
+    positive = np.asarray(labels, dtype=bool)
+    if positive.all() or not positive.any():
         raise ValueError("auroc needs at least one positive and one negative label.")
     values, place = np.unique(np.asarray(scores, dtype=float), return_inverse=True)
-    counts = [np.bincount(place[chosen], minlength=len(values)) for chosen in (wanted, ~wanted)]
+    counts = [np.bincount(place[side], minlength=len(values)) for side in (positive, ~positive)]
     return counts[0], counts[1]
 
 
-def _area(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+def roc_area(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     """(b,) areas from (b, v) counts at ascending scores."""
     below = negatives.cumsum(axis=1) - negatives
     wins = (positives * (below + negatives / 2)).sum(axis=1)
     return wins / (positives.sum(axis=1) * negatives.sum(axis=1))
 
 
-def covered_share(box: Box | None, target: Box) -> float:
+def covered_share(box: Rectangle | None, target: Rectangle) -> float:
     """Share of the target's area that lies inside the box; 0 without a box."""
     if box is None:
         return 0.0
@@ -127,18 +131,23 @@ def covered_share(box: Box | None, target: Box) -> float:
     return max(0.0, width) * max(0.0, height) / area
 
 
-def region_recall(boxes: Sequence[Box | None], targets: Sequence[Box], share: float = 0.9) -> float:
-    """Share of targets of which at least `share` of the area is covered.
+def is_covered(box: Rectangle | None, target: Rectangle) -> bool:
+    """Whether a box covers enough of a target's area, `COVERED`, to count as a hit."""
+    return covered_share(box, target) >= COVERED
+
+
+def region_recall(boxes: Sequence[Rectangle | None], targets: Sequence[Rectangle]) -> float:
+    """Share of targets that their boxes cover.
 
     Raises:
-        ValueError: No targets.
+        ValueError: no targets.
     """
     if not targets:
         raise ValueError("region_recall needs at least one target.")
-    hits = [covered_share(box, target) >= share for box, target in zip(boxes, targets, strict=True)]
+    hits = [is_covered(box, target) for box, target in zip(boxes, targets, strict=True)]
     return sum(hits) / len(hits)
 
 
-def area_share(box: Box, image_size: tuple[int, int]) -> float:
+def area_share(box: Rectangle, image_size: tuple[int, int]) -> float:
     """Area of a box as a share of the image's, whose size is (width, height)."""
     return (box[2] - box[0]) * (box[3] - box[1]) / (image_size[0] * image_size[1])

@@ -1,4 +1,4 @@
-"""What every stage opens first: the model, its processor, and a fingerprint of the backbone."""
+"""A session: what whoever asks a model opens first, and how it is saved."""
 
 import logging
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """A loaded model.
+    """A loaded model with its processor and the options that prompts and answers follow.
 
     Args:
-        model: In evaluation mode, on this process's device.
-        processor: At the stage's coarse budget.
-        config: The stage's configuration.
+        model: the model in evaluation mode, on this process's device.
+        processor: its processor at the coarse budget in force.
+        config: options of the model; a stage's own configuration is one.
     """
 
     model: QZoomForConditionalGeneration
@@ -32,28 +32,29 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts go."""
+        """Device of the embedding table, where prompts go."""
         return next(self.model.get_input_embeddings().parameters()).device
 
 
-def _budget(config: ModelConfig, held: Any) -> dict[str, int]:
-    """The coarse budget in force, as far as anything sets it."""
-    found = {}
+def _budget(config: ModelConfig, defaults: QZoomConfig | None) -> dict[str, int]:
+    """The bounds of the coarse budget that the options or else the checkpoint set."""
+    bounds = {}
     for name in ("min_tokens", "max_tokens"):
-        value = getattr(config, name) or getattr(held, name, None)
+        value = getattr(config, name) or getattr(defaults, name, None)
         if value is not None:
-            found[name] = value
-    return found
+            bounds[name] = value
+    return bounds
 
 
 def open_session(config: ModelConfig, device: str | torch.device | None = None) -> Session:
     """Load a Q-Zoom checkpoint, or a plain VLM with fresh branches, and its processor.
 
     Args:
-        device: Where to; the process's own accelerator by default, the CPU where there is none.
+        config: options of the model.
+        device: where it goes: the process's own accelerator by default, the CPU where there is none.
 
     Raises:
-        ValueError: There is no such model, no row for its backbone, or K lies beyond its last layer.
+        ValueError: there is no such model, no row for its backbone, or K lies beyond its last layer.
     """
     if device is None:
         from accelerate import PartialState
@@ -61,7 +62,7 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
         device = PartialState().device
     source: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     with damage_named(config.model):
-        found = AutoConfig.from_pretrained(config.model, **source)
+        checkpoint = AutoConfig.from_pretrained(config.model, **source)
     arguments: dict[str, Any] = {"dtype": config.dtype, **source}
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
@@ -70,7 +71,7 @@ def open_session(config: ModelConfig, device: str | torch.device | None = None) 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         arguments["device_map"] = {"": device}
-    if isinstance(found, QZoomConfig):
+    if isinstance(checkpoint, QZoomConfig):
         with damage_named(config.model):
             model = QZoomForConditionalGeneration.from_pretrained(config.model, **arguments)
             processor = QZoomProcessor.from_pretrained(config.model, **source)
@@ -112,10 +113,12 @@ def save_session(session: Session, folder: str | Path, output_format: str = "ful
     """Write model and processor as a checkpoint folder.
 
     Args:
+        session: the model.
+        folder: folder to write to.
         output_format: "full" or "addon".
 
     Raises:
-        ValueError: An unknown format.
+        ValueError: an unknown format.
     """
     check_output_format(output_format)
     if output_format == "full":

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar, overload
 
 from PIL import Image
 
 from ..processing_images_qzoom import ImageSlot, load_rgb
+from ..zoom_regions_qzoom import Box
 
 
-Box = tuple[int, int, int, int]
+# an image as a row knows it; encoded bytes are a file's content
+ImageSource = str | bytes | Image.Image | Callable[[], Image.Image]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,17 @@ class Row:
     """One question about one image.
 
     Args:
-        id: Unique in its data.
-        image: A path, a PIL image, encoded bytes, or a function that returns an image.
-        question: The question as the user asks it.
-        answers: Accepted answers; empty where the data has none.
-        image_id: The same for rows about the same image.
-        box: Where the answer is, (x0, y0, x1, y1) in source pixels; only drawn pages know.
-        kind: Kind of a drawn question.
+        id: name of the row, unique in its data.
+        image: a path, a PIL image, encoded bytes, or a function that returns an image.
+        question: the question as the user asks it.
+        answers: accepted answers; empty where the data has none.
+        image_id: name of the image, the same for rows about the same image.
+        box: where the answer is, (x0, y0, x1, y1) in source pixels; only drawn pages know.
+        kind: kind of a drawn question.
     """
 
     id: str
-    image: Any = field(repr=False)
+    image: ImageSource = field(repr=False)
     question: str
     answers: tuple[str, ...] = ()
     image_id: str = ""
@@ -38,7 +41,7 @@ class Row:
         """The image as RGB.
 
         Raises:
-            ValueError: It cannot be read or is too large; names the row.
+            ValueError: it cannot be read or is too large; names the row.
         """
         image = self.image() if callable(self.image) else self.image
         try:
@@ -51,8 +54,8 @@ class Rows(Sequence[Row]):
     """Rows in a fixed order.
 
     Args:
-        rows: The rows.
-        fingerprint: Names data, order and limit, so that labels of other rows are not mixed with these.
+        rows: the rows.
+        fingerprint: names data, order and limit, so that labels of other rows are not mixed with these.
     """
 
     def __init__(self, rows: Sequence[Row], fingerprint: str) -> None:
@@ -61,13 +64,19 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         return self._rows[index]
 
 
-def by_image(rows: Iterable[Any], key: Callable[[Any], str]) -> list[list[Any]]:
+def by_image(rows: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
     """Groups of items about one image, in order of first appearance."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())

@@ -20,12 +20,14 @@ import torch
 import transformers
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS
+from ..asking.answers import BATCH_SIZE
 from ..asking.budgets import coarse_budget
+from ..data.config import DataConfig
 from ..data.drawn.pages import SPLITS
 from ..data.files import check_output_file, damage_named
+from ..data.readers import load_rows
 from ..zoom_options_qzoom import OPTION_NAMES
-from .arms import ArmRunner
+from .arms import MAX_NEW_TOKENS, ArmRunner
 from .benchmark import measure_drawn, measure_file
 from .pareto import check_picture, draw_pareto
 
@@ -207,9 +209,6 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if is_drawn:
         result = measure_drawn(runner, arguments.split or SPLIT, seed, rows, arguments.page_kinds)
     else:
-        from ..data.config import DataConfig
-        from ..data.readers import load_rows
-
         images = None if arguments.images is None else str(arguments.images)
         loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=seed))
         result = measure_file(runner, loaded)

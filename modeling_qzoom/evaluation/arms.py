@@ -13,17 +13,22 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .. import QZoomForConditionalGeneration, QZoomProcessor
-from ..asking.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answer, answer_batch, in_batches, prepare
+from ..asking.answers import BATCH_SIZE, Answer, answer_batch, in_batches, prepare
 from ..asking.budgets import Budget, coarse_budget, plain_budget
+from ..asking.config import ModelConfig
 from ..asking.cost import PrefillCost
 from ..asking.gating import HELD_OPEN, derive_auto
-from ..asking.metrics import Box, Truth, anls, exact_match, relaxed_match
+from ..asking.metrics import Truth, anls, exact_match, relaxed_match
+from ..asking.session import Session
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
+from ..zoom_regions_qzoom import Box
 from .figures import Outcome, Record
 
 
+# longest answer to a drawn question, in tokens
+MAX_NEW_TOKENS = 16
+# the plain model's large budget, in coarse budgets
 LARGE = 8
-"""The plain model's large budget, in coarse budgets."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +38,12 @@ class Item:
     """A row to be run.
 
     Args:
-        image: RGB.
-        question: Its text.
-        truth: The right answer, or several.
-        kind, page_kind: Kinds of question and page; empty where the data has none.
-        target: Box that holds the answer, in pixels of the image.
-        name: Of the row in its data, for messages.
+        image: the picture in RGB.
+        question: the question as the user asks it.
+        truth: the right answer, or several.
+        kind, page_kind: kinds of question and page; empty where the data has none.
+        target: box that holds the answer, in pixels of the image.
+        name: name of the row in its data, for messages.
     """
 
     image: Image.Image
@@ -54,7 +59,7 @@ def options_in_force(model: QZoomForConditionalGeneration, options: dict[str, An
     """The options that a call with these would run under.
 
     Raises:
-        ValueError: An unknown preset or a value out of range.
+        ValueError: an unknown preset or a value out of range.
     """
     mrope = model.config.backbone.mrope
     return resolve_options(options, (model.generation_config,), model.config, mrope=mrope)
@@ -80,10 +85,10 @@ class ZoomArm:
     """The zooming model under some options.
 
     Args:
-        name: Of the arm's outcomes.
-        options: For `generate`, without `zoom`.
-        used: The same with everything they leave open.
-        cost: Of its prefill.
+        name: name of the arm's outcomes.
+        options: options of `generate`, without `zoom`.
+        used: all options in force, defaults included.
+        cost: cost of its prefill.
     """
 
     name: str
@@ -101,12 +106,16 @@ class ArmRunner:
     """Runs rows through all arms, one batch of images at a time.
 
     Args:
-        options: Zoom options of the main arm, such as `{"effort": "fast"}`.
-        ladder: Budgets of the plain model, in merged visual tokens.
-        ladder_rows: How many of the first rows run the ladder and the presets.
+        model: the model.
+        processor: its processor.
+        options: zoom options of the main arm, such as `{"effort": "fast"}`.
+        batch_size: rows that are answered together.
+        max_new_tokens: longest answer in tokens.
+        ladder: budgets of the plain model, in merged visual tokens.
+        ladder_rows: how many of the first rows run the ladder and the presets.
 
     Raises:
-        ValueError: An unknown preset, `zoom` among the options, or a ladder for a backbone with one fixed token grid.
+        ValueError: an unknown preset, `zoom` among the options, or a ladder for a backbone with one fixed token grid.
     """
 
     def __init__(
@@ -121,7 +130,8 @@ class ArmRunner:
         ladder_rows: int = 0,
     ):
         self.model, self.processor = model, processor
-        self.batch_size, self.max_new_tokens, self.ladder_rows = batch_size, max_new_tokens, ladder_rows
+        self.session = Session(model, processor, ModelConfig(max_new_tokens=max_new_tokens))
+        self.batch_size, self.ladder_rows = batch_size, ladder_rows
         self.coarse = coarse_budget(processor)
         if self.coarse is None and ladder:
             raise ValueError("A ladder of budgets needs a backbone that sees images at several resolutions.")
@@ -156,14 +166,14 @@ class ArmRunner:
         """What every arm does with every row, in order.
 
         Args:
-            items: Any iterable; no more than one batch of it is held.
-            derive: Take "auto" from the arms "plain" and "always", and run the large budget on `fine` rows; otherwise
-                run "auto" itself, without "always".
-            ladder: Run ladder and presets on the first rows.
-            skip: Is told of a row that processor or model refuses, and why; by default such a row is an error.
+            items: any iterable; no more than one batch of it is in memory.
+            derive: whether to take "auto" from the arms "plain" and "always", and to run the large budget
+                on `fine` rows; otherwise "auto" itself runs, without "always".
+            ladder: whether to run ladder and presets on the first rows.
+            skip: is told of a row that processor or model refuses, and why; by default such a row is an error.
 
         Raises:
-            ValueError: A row is refused, and there is no `skip`.
+            ValueError: a row is refused, and there is no `skip`.
         """
         done = 0
         for batch in in_batches(items, self.batch_size):
@@ -213,8 +223,8 @@ class _BatchRun:
         runner, key = self.runner, (budget, places)
         if key not in self._inputs:
             rows = [(self.items[place].image, self.items[place].question) for place in places]
-            self._inputs[key] = prepare(runner.model, runner.processor, rows, budget)
-        return answer_batch(runner.model, runner.processor, self._inputs[key], runner.max_new_tokens, **options)
+            self._inputs[key] = prepare(runner.session, rows, budget)
+        return answer_batch(runner.session, self._inputs[key], **options)
 
     def _record(self, name: str, place: int, answer: Answer, cost: PrefillCost) -> None:
         self.outcomes[place][name] = to_outcome(answer, self.items[place].truth, cost)

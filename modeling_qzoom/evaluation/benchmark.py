@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from ..data.drawn.questions import PAGE_KINDS, Row, draw_rows
+from ..data.drawn.questions import PAGE_KINDS, DrawnRow, draw_rows
+from ..data.rows import Row
 from .arms import ArmRunner, Item
 from .figures import Figures, Record, add_costs, beside_summary, exact, ladder_point, pick, score_table, summarize
 from .statistics import Interval
@@ -23,15 +24,15 @@ SUMMARY_NAMES = (
     "gating_loss",
     "zoomed_share_coarse",
 )
+# one row in so many is drawn as `multi`, and as many as `absent`, beside the requested rows
 EXTRA_SHARE = 8
-"""One row in so many is drawn as `multi`, and as many as `absent`, beside the rows that are asked for."""
+# number of unusable rows that are named in full; the rest are counted
 NAMED = 5
-"""So many unusable rows are named in full; the rest are counted."""
 
 logger = logging.getLogger(__name__)
 
 
-def drawn_items(rows: Iterable[Row]) -> Iterator[Item]:
+def drawn_items(rows: Iterable[DrawnRow]) -> Iterator[Item]:
     """Drawn rows as the arms take them."""
     for row in rows:
         page, question = row.page, row.question
@@ -44,23 +45,26 @@ def measure_drawn(
     """All figures on freshly drawn pages.
 
     Args:
-        rows: Number of `fine` and `coarse` rows together; `multi` and `absent` rows come on top.
-        by_page_kind: Also give the summary for each kind of page.
+        runner: the arms.
+        split: split that the pages belong to.
+        seed: seed of the pages.
+        rows: number of `fine` and `coarse` rows together; `multi` and `absent` rows come on top.
+        by_page_kind: whether to give the summary of each kind of page.
 
     Returns:
         `summary`, `intervals`, `by_page_kind`, `other` and `ladder`.
 
     Raises:
-        ValueError: An unknown split or fewer than two rows.
-        ImportError: The split "shifted" without matplotlib.
+        ValueError: an unknown split or fewer than two rows.
+        ImportError: the split "shifted" without matplotlib.
     """
     if rows < 2:
         raise ValueError(f"The benchmark needs at least two rows, one fine and one coarse, got {rows}.")
     records = list(runner.run(drawn_items(draw_rows(split, seed, rows))))
     extra: list[Record] = []
     for kind in ("multi", "absent"):
-        drawn = draw_rows(split, seed, max(1, rows // EXTRA_SHARE), (kind,))
-        extra += runner.run(drawn_items(drawn), derive=False, ladder=False)
+        pages = draw_rows(split, seed, max(1, rows // EXTRA_SHARE), (kind,))
+        extra += runner.run(drawn_items(pages), derive=False, ladder=False)
     summary, other = summarize(records), beside_summary(records, extra)
     result = _result(summary, other, _ladder(runner, records))
     result["other"] |= {
@@ -76,9 +80,9 @@ def measure_drawn(
 
 
 def _page_kind(records: Sequence[Record], kind: str) -> dict[str, Any]:
-    chosen = [record for record in records if record.page_kind == kind]
-    figures = summarize(chosen)
-    return {"rows": len(chosen), "summary": figures.values, "intervals": _as_lists(figures.intervals)}
+    part = [record for record in records if record.page_kind == kind]
+    figures = summarize(part)
+    return {"rows": len(part), "summary": figures.values, "intervals": _as_lists(figures.intervals)}
 
 
 def _as_lists(intervals: dict[str, Interval]) -> dict[str, list[float]]:
@@ -99,11 +103,11 @@ def _ladder(runner: ArmRunner, records: Sequence[Record]) -> list[dict[str, Any]
     """Points of the Pareto picture, all over the same rows: the plain model's, then the zooming model's."""
     if not runner.ladder_rows:
         return []
-    chosen = records[: runner.ladder_rows]
+    first = records[: runner.ladder_rows]
     arms = [(f"plain_{tokens}", "plain", str(tokens)) for tokens in runner.ladder]
     arms += [("auto", "zoom", runner.main.options.get("effort") or "auto")]
     arms += [(arm.name, "zoom", arm.options["effort"]) for arm in runner.presets]
-    points = [ladder_point(chosen, *arm) for arm in arms]
+    points = [ladder_point(first, *arm) for arm in arms]
     return [point for point in points if point is not None]
 
 
@@ -111,10 +115,10 @@ class FileItems:
     """A file's rows as the arms take them; rows that cannot be scored are skipped, named and counted.
 
     Args:
-        rows: Rows of `training.data`: objects with `id`, `question`, `answers` (accepted texts) and `load_image()`.
+        rows: rows of the file.
     """
 
-    def __init__(self, rows: Iterable[Any]):
+    def __init__(self, rows: Iterable[Row]):
         self.rows, self.skipped = rows, 0
 
     def __iter__(self) -> Iterator[Item]:
@@ -139,18 +143,19 @@ class FileItems:
             logger.warning("row %s is left out: %s", name, reason)
 
 
-def measure_file(runner: ArmRunner, rows: Iterable[Any]) -> dict[str, Any]:
+def measure_file(runner: ArmRunner, rows: Iterable[Row]) -> dict[str, Any]:
     """Accuracy and cost of the plain and the zooming model on rows of a file, which have no kinds and no boxes.
 
     Args:
-        rows: As for `FileItems`.
+        runner: the arms.
+        rows: rows of the file.
 
     Returns:
         As `measure_drawn`, with a summary of its own: `exact_…`, `anls_…` and `relaxed_…` of `plain` (coarse budget)
         and `zoom` (zoom="auto"), and `zoomed_share`.
 
     Raises:
-        ValueError: No row can be scored.
+        ValueError: no row can be scored.
     """
     items = FileItems(rows)
     records = list(runner.run(items, derive=False, skip=items.skip))

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from ..asking.metrics import Box, area_share, auroc, covered_share
+from ..asking.metrics import area_share, auroc, is_covered
+from ..zoom_regions_qzoom import Box
 from .statistics import Interval, bootstrap_auroc, bootstrap_difference, bootstrap_mean
 
 
-COVERED = 0.9
-"""Share of a question's box that a zoom box has to cover to count as found."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Outcome:
     """What one arm did with one row.
 
     Args:
-        exact, anls, relaxed: Scores of the answer in [0, 1].
-        zoomed: A crop was used.
-        gate_probability: In [0, 1]; None where the gate was not asked.
-        box: The zoom box in source pixels, None without one.
-        visual_tokens: Visual tokens that the decoder saw.
-        flops: Of the prefill, vision tower included.
+        exact, anls, relaxed: scores of the answer in [0, 1].
+        zoomed: whether a crop was used.
+        gate_probability: the gate's probability in [0, 1]; None where the gate did not decide.
+        box: the zoom box in source pixels, None without one.
+        visual_tokens: number of visual tokens that the decoder saw.
+        flops: FLOPs of the prefill, vision tower included.
     """
 
     exact: float
@@ -42,11 +42,11 @@ class Record:
     """One row and what every arm did with it.
 
     Args:
-        kind: Kind of question; empty where the data has none.
-        page_kind: Kind of page; empty likewise.
-        target: Box that holds the answer, in source pixels.
+        kind: kind of question; empty where the data has none.
+        page_kind: kind of page; empty likewise.
+        target: box that holds the answer, in source pixels.
         size: (width, height) of the image in pixels.
-        outcomes: By arm: "plain" (coarse budget), "plain_8x", "always", "auto", and those of the ladder.
+        outcomes: what each arm did: "plain" (coarse budget), "plain_8x", "always", "auto", and those of the ladder.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Figures:
     """Named figures and their bootstrap intervals; a figure over no rows is left out.
 
     Args:
-        values: Figures by name.
+        values: figures by name.
         intervals: (low, high) by name.
     """
 
@@ -86,7 +86,7 @@ class Figures:
             self.values[name], self.intervals[name] = auroc(scores, labels), bootstrap_auroc(scores, labels)
 
 
-def pick(records: Sequence[Record], arm: str, get: Callable[[Outcome], Any]) -> list[Any]:
+def pick(records: Sequence[Record], arm: str, get: Callable[[Outcome], T]) -> list[T]:
     """A value of an arm's outcome for every record that has that arm."""
     return [get(record.outcomes[arm]) for record in records if arm in record.outcomes]
 
@@ -115,7 +115,7 @@ def summarize(records: Sequence[Record]) -> Figures:
     figures.mean(
         "region_recall",
         [
-            record.target is not None and covered_share(box, record.target) >= COVERED
+            record.target is not None and is_covered(box, record.target)
             for box, record in zip(boxes, fine, strict=True)
         ],
     )
@@ -123,9 +123,9 @@ def summarize(records: Sequence[Record]) -> Figures:
         "region_area",
         [area_share(box, record.size) for box, record in zip(boxes, fine, strict=True) if box is not None],
     )
-    asked = [record for record in both if record.outcomes["always"].gate_probability is not None]
-    probabilities = pick(asked, "always", lambda outcome: outcome.gate_probability)
-    figures.area("gate_auroc", probabilities, [record.kind == "fine" for record in asked])
+    pairs = [(record.outcomes["always"].gate_probability, record.kind == "fine") for record in both]
+    gated = [(probability, is_fine) for probability, is_fine in pairs if probability is not None]
+    figures.area("gate_auroc", [probability for probability, _ in gated], [is_fine for _, is_fine in gated])
     figures.difference("gating_loss", exact(both, "always"), exact(both, "auto"))
     figures.mean("zoomed_share_coarse", pick(coarse, "auto", lambda outcome: outcome.zoomed))
     return figures
@@ -146,19 +146,19 @@ def beside_summary(records: Sequence[Record], extra: Sequence[Record]) -> Figure
     """
     figures = Figures()
     for kind in ("multi", "absent"):
-        chosen = of_kind(extra, kind)
-        figures.mean(f"{kind}_accuracy_zoom", exact(chosen, "auto"))
-        figures.mean(f"{kind}_accuracy_plain", exact(chosen, "plain"))
-        figures.mean(f"{kind}_zoomed_share", pick(chosen, "auto", lambda outcome: outcome.zoomed))
+        part = of_kind(extra, kind)
+        figures.mean(f"{kind}_accuracy_zoom", exact(part, "auto"))
+        figures.mean(f"{kind}_accuracy_plain", exact(part, "plain"))
+        figures.mean(f"{kind}_zoomed_share", pick(part, "auto", lambda outcome: outcome.zoomed))
     fine, coarse = of_kind(records, "fine"), of_kind(records, "coarse")
     figures.mean("fine_accuracy_auto", exact(fine, "auto"))
     figures.mean("zoomed_share_fine", pick(fine, "auto", lambda outcome: outcome.zoomed))
     large = [record for record in fine if "plain_8x" in record.outcomes]
     figures.difference("fine_zoom_minus_plain_8x", exact(large, "always"), exact(large, "plain_8x"))
     figures.difference("coarse_zoom_minus_plain", exact(coarse, "auto"), exact(coarse, "plain"))
-    for name, chosen in (("fine", fine), ("coarse", coarse)):
-        add_costs(figures, f"{name}_auto", chosen, "auto")
-        add_costs(figures, f"{name}_plain", chosen, "plain")
+    for name, part in (("fine", fine), ("coarse", coarse)):
+        add_costs(figures, f"{name}_auto", part, "auto")
+        add_costs(figures, f"{name}_plain", part, "plain")
     add_costs(figures, "fine_plain_8x", fine, "plain_8x")
     return figures
 
@@ -167,9 +167,9 @@ def score_table(records: Sequence[Record]) -> dict[str, dict[str, dict[str, floa
     """Mean exact, ANLS and relaxed scores by kind of question and arm; arms of the ladder are left out."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for kind in dict.fromkeys(record.kind for record in records):
-        chosen = of_kind(records, kind)
-        arms = [arm for arm in ("plain", "plain_8x", "always", "auto") if arm in chosen[0].outcomes]
-        table[kind] = {arm: scores(chosen, arm) for arm in arms}
+        part = of_kind(records, kind)
+        arms = [arm for arm in ("plain", "plain_8x", "always", "auto") if arm in part[0].outcomes]
+        table[kind] = {arm: scores(part, arm) for arm in arms}
     return table
 
 
@@ -182,25 +182,26 @@ def ladder_point(records: Sequence[Record], arm: str, model: str, label: str) ->
     """One point of the Pareto picture; None where no row ran this arm.
 
     Args:
-        arm: Whose outcomes.
+        records: rows, of which those count that ran the arm.
+        arm: name of the arm.
         model: "plain" or "zoom", the line that the point belongs to.
-        label: What to write beside it.
+        label: what to write beside it.
     """
-    chosen = [record for record in records if arm in record.outcomes]
-    if not chosen:
+    rows = [record for record in records if arm in record.outcomes]
+    if not rows:
         return None
-    right = exact(chosen, arm)
+    right = exact(rows, arm)
     point = {
         "model": model,
         "label": label,
-        "rows": len(chosen),
+        "rows": len(rows),
         "accuracy": fmean(right),
         "interval": list(bootstrap_mean(right)),
-        "visual_tokens": fmean(pick(chosen, arm, lambda outcome: outcome.visual_tokens)),
-        "prefill_gflops": fmean(pick(chosen, arm, lambda outcome: outcome.flops / 1e9)),
-        **{name: value for name, value in scores(chosen, arm).items() if name != "exact"},
+        "visual_tokens": fmean(pick(rows, arm, lambda outcome: outcome.visual_tokens)),
+        "prefill_gflops": fmean(pick(rows, arm, lambda outcome: outcome.flops / 1e9)),
+        **{name: value for name, value in scores(rows, arm).items() if name != "exact"},
     }
     for kind in ("fine", "coarse"):
-        if part := of_kind(chosen, kind):
+        if part := of_kind(rows, kind):
             point[f"{kind}_accuracy"] = fmean(exact(part, arm))
     return point

@@ -6,8 +6,8 @@ from typing import Any
 
 
 PLAIN, ZOOM = "#6b7280", "#c2410c"
+# offset in points, and alignment, of the labels of neighbouring points, which would print over each other
 ZOOM_LABELS = (((-5, 5), "right", "bottom"), ((5, 16), "center", "bottom"), ((5, 5), "left", "bottom"))
-"""Offset in points, and alignment, of the labels of neighbouring points, which would print over each other."""
 
 
 def check_picture(path: Path) -> None:
@@ -46,18 +46,18 @@ def draw_pareto(points: Sequence[dict[str, Any]], path: Path, title: str | None 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for model, color, name, marker in (("plain", PLAIN, "plain model", "o"), ("zoom", ZOOM, "Q-Zoom", "D")):
-        chosen = sorted((point for point in points if point["model"] == model), key=lambda p: p["visual_tokens"])
-        if not chosen:
+        line = sorted((point for point in points if point["model"] == model), key=lambda p: p["visual_tokens"])
+        if not line:
             continue
-        tokens = [point["visual_tokens"] for point in chosen]
-        accuracy = [100 * point["accuracy"] for point in chosen]
+        tokens = [point["visual_tokens"] for point in line]
+        accuracy = [100 * point["accuracy"] for point in line]
         # a mean may leave its percentile interval by a rounding error, which matplotlib would refuse
         spread = [
-            [max(0.0, 100 * (point["accuracy"] - point["interval"][0])) for point in chosen],
-            [max(0.0, 100 * (point["interval"][1] - point["accuracy"])) for point in chosen],
+            [max(0.0, 100 * (point["accuracy"] - point["interval"][0])) for point in line],
+            [max(0.0, 100 * (point["interval"][1] - point["accuracy"])) for point in line],
         ]
         axes.errorbar(tokens, accuracy, yerr=spread, color=color, marker=marker, capsize=3, label=name)
-        for place, (point, x, y) in enumerate(zip(chosen, tokens, accuracy, strict=True)):
+        for place, (point, x, y) in enumerate(zip(line, tokens, accuracy, strict=True)):
             offset, side, edge = (
                 ((5, -6), "left", "top") if model == "plain" else ZOOM_LABELS[place % len(ZOOM_LABELS)]
             )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..asking.metrics import _area, _tied_counts
+from ..asking.metrics import roc_area, tied_counts
 
 
 Interval = tuple[float, float]
@@ -16,14 +16,14 @@ _CHUNK = 2_000_000  # random indices held in memory at a time
 
 def _percentiles(draw: Callable[[int], np.ndarray], width: int, resamples: int, confidence: float) -> Interval:
     """Interval of a statistic: `draw(b)` gives it for b resamples of `width` numbers each."""
-    drawn: list[np.ndarray] = []
+    samples: list[np.ndarray] = []
     left = resamples
     while left > 0:
         count = min(left, max(1, _CHUNK // width))
-        drawn.append(draw(count))
+        samples.append(draw(count))
         left -= count
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(np.concatenate(drawn), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(samples), [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -37,7 +37,7 @@ def bootstrap_mean(
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: No values.
+        ValueError: no values.
     """
     numbers = np.asarray(values, dtype=float)
     if not len(numbers):
@@ -59,7 +59,7 @@ def bootstrap_difference(
     """Percentile interval of mean(first) − mean(second) over the same rows: both are resampled together.
 
     Raises:
-        ValueError: Different numbers of values, or none.
+        ValueError: different numbers of values, or none.
     """
     if len(first) != len(second):
         raise ValueError(
@@ -80,13 +80,13 @@ def bootstrap_auroc(
     """Percentile interval of `auroc`; positives and negatives are resampled apart, so that no resample lacks either.
 
     Raises:
-        ValueError: No positive or no negative label.
+        ValueError: no positive or no negative label.
     """
-    positives, negatives = _tied_counts(scores, labels)
+    positives, negatives = tied_counts(scores, labels)
     rng = np.random.default_rng(seed)
 
     def draw(count: int) -> np.ndarray:
-        drawn = [rng.multinomial(part.sum(), part / part.sum(), size=count) for part in (positives, negatives)]
-        return _area(*drawn)
+        samples = [rng.multinomial(part.sum(), part / part.sum(), size=count) for part in (positives, negatives)]
+        return roc_area(*samples)
 
     return _percentiles(draw, len(positives), resamples, confidence)

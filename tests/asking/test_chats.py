@@ -75,7 +75,7 @@ def test_stacked_rows_equal_a_batch_of_the_processor(family) -> None:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_rows_of_different_budgets_share_a_batch(family) -> None:
     processor, features, (images, texts) = _features(family, ["q?", "a longer question?"])
-    large = encode_prompts(processor, images[:1], texts[:1], 20, 40)
+    large = encode_prompts(processor, images[:1], texts[:1], (20, 40))
     assert large["input_ids"].shape[1] > features[0]["input_ids"].shape[1]
     batch = plain_inputs(stack_features([large, features[1]], processor.tokenizer.pad_token_id))
     model = tiny_model(family)

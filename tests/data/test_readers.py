@@ -9,7 +9,8 @@ from PIL import Image
 from modeling_qzoom.data.bad_rows import BadRows
 from modeling_qzoom.data.config import DataConfig
 from modeling_qzoom.data.drawn.questions import draw_page
-from modeling_qzoom.data.readers import drawn_rows, load_rows
+from modeling_qzoom.data.drawn.rows import drawn_rows
+from modeling_qzoom.data.readers import load_rows
 from modeling_qzoom.data.rows import Row, by_image
 from tests.processing_fixtures import noise
 

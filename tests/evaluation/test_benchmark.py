@@ -12,7 +12,9 @@ from PIL import Image
 
 from modeling_qzoom.asking.answers import Answer, ask
 from modeling_qzoom.asking.budgets import coarse_budget, plain_budget
+from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.gating import derive_auto
+from modeling_qzoom.asking.session import Session
 from modeling_qzoom.data.drawn.questions import draw_rows
 from modeling_qzoom.evaluation.__main__ import main
 from modeling_qzoom.evaluation.arms import ArmRunner, Item
@@ -36,8 +38,12 @@ def rows_of(split: str = "test", count: int = 6) -> list[tuple[Image.Image, str]
     return [(item.image, item.question) for item in drawn_items(draw_rows(split, 3, count))]
 
 
+def session(max_new_tokens: int) -> Session:
+    return Session(shared_model("qwen2_5_vl"), tiny_processor(), ModelConfig(max_new_tokens=max_new_tokens))
+
+
 def asked(rows: list, **options) -> list[Answer]:
-    return list(ask(shared_model("qwen2_5_vl"), tiny_processor(), rows, max_new_tokens=4, **options))
+    return list(ask(session(4), rows, **options))
 
 
 def assert_same(derived: Answer, direct: Answer) -> None:
@@ -107,11 +113,9 @@ def test_images_are_drawn_a_batch_at_a_time() -> None:
             yield noise(80, 60, number), "what?"
 
     answers = ask(
-        shared_model("qwen2_5_vl"),
-        tiny_processor(),
+        session(1),
         rows(),
         batch_size=3,
-        max_new_tokens=1,
         budget=(4, 6),
         zoom="never",
     )

@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from hub_release.build import build
 from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.asking.answers import ask
+from modeling_qzoom.asking.config import ModelConfig
+from modeling_qzoom.asking.session import Session
 from modeling_qzoom.data.drawn.questions import ask_question, draw_page
 from tests.loading_fixtures import CLOSE, VISION, answer, attach, plain_folder, weights_equal
 from tests.lora_support import needs_lora
@@ -257,7 +259,8 @@ def load_demo(folder, **kwargs):
 def demo_answers(model, rows) -> list:
     folder = model if isinstance(model, Path) else model.config._name_or_path
     model = load_demo(model) if isinstance(model, Path) else model
-    return list(ask(model, AutoProcessor.from_pretrained(folder, trust_remote_code=True), rows))
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return list(ask(Session(model, processor, ModelConfig(max_new_tokens=16)), rows))
 
 
 @pytest.mark.parametrize("device", DEVICES)

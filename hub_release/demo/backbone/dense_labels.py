@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from hub_release.demo.backbone.model import MERGE, PATCH, TOKEN
-from modeling_qzoom.data.drawn.pages import CODE_LENGTH, COLORS, SHAPES, WORDS, Box, Entry, Page
+from modeling_qzoom.data.drawn.pages import CODE_LENGTH, COLORS, SHAPES, WORDS, Entry, Page
 from modeling_qzoom.training_losses_qzoom import IGNORED
+from modeling_qzoom.zoom_regions_qzoom import Box
 
 
 # below this width in a view a digit counts as illegible and carries no label

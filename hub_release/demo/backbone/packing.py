@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from hub_release.demo.backbone.view_batch import ViewBatch, stack_views
 from hub_release.demo.backbone.views import View
-from modeling_qzoom.data.drawn.pages import Box, Question
+from modeling_qzoom.data.drawn.pages import Question
 from modeling_qzoom.training_losses_qzoom import IGNORED
 from modeling_qzoom.zoom_fusion_qzoom import crop_positions
+from modeling_qzoom.zoom_regions_qzoom import Box
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch import Tensor
 from hub_release.demo.backbone.dense_labels import Rectangle, label_view
 from hub_release.demo.backbone.model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, TEMPORAL_PATCH, TOKEN
 from modeling_qzoom.backbone_grids_qzoom import NativeGrid
-from modeling_qzoom.data.drawn.pages import Box, Page
+from modeling_qzoom.data.drawn.pages import Page
+from modeling_qzoom.zoom_regions_qzoom import Box
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """Forms (a label in large print, its value in small print) and dense text (a keyword, then lines of small print)."""
 
+from ...zoom_regions_qzoom import Box
 from .pages import (
     CODE_LENGTH,
     COLORS,
     FILLER,
     GLYPH_ASPECT,
     WORDS,
-    Box,
     Canvas,
     Entry,
     Page,

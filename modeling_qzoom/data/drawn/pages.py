@@ -12,6 +12,8 @@ from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ...zoom_regions_qzoom import Box
+
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -35,7 +37,6 @@ CODE_LENGTH = 3
 GLYPH_ASPECT = 0.57
 """Width of a digit of PIL's default font divided by the font size."""
 
-Box = tuple[int, int, int, int]
 SPLITS = ("train", "validation", "test", "shifted")
 
 

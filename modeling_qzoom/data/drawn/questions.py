@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...zoom_regions_qzoom import Box
 from .documents import draw_form, draw_text
 from .pages import COLORS, SHAPES, SPLITS, WORDS, Page, PageSettings, Question, Style, blank_page, union
 from .scenes import draw_scene
@@ -67,7 +68,7 @@ def draw_page(seed: int, settings: PageSettings | None = None, kind: str | None 
     return _DRAW[kind](blank_page(rng, settings, style), settings, style)
 
 
-def _whole(page: Page) -> tuple[int, int, int, int]:
+def _whole(page: Page) -> Box:
     return (0, 0, *page.image.size)
 
 
@@ -154,7 +155,7 @@ def ask_question(page: Page, kind: str, rng: random.Random) -> Question:
 
 
 @dataclass(frozen=True)
-class Row:
+class DrawnRow:
     """One benchmark row: a page and a question about it."""
 
     page: Page
@@ -167,7 +168,7 @@ def draw_rows(
     count: int,
     kinds: tuple[str, ...] = ("fine", "coarse"),
     settings: PageSettings | None = None,
-) -> Iterator[Row]:
+) -> Iterator[DrawnRow]:
     """Rows of a split, one page each; kinds of pages and of questions take turns.
 
     Args:
@@ -179,7 +180,7 @@ def draw_rows(
         kind = PAGE_KINDS[number // len(kinds) % len(PAGE_KINDS)]
         page = draw_page(page_seed, settings, kind, split)
         rng = random.Random(f"question/{split}/{page_seed}")
-        yield Row(page, ask_question(page, kinds[number % len(kinds)], rng))
+        yield DrawnRow(page, ask_question(page, kinds[number % len(kinds)], rng))
 
 
 def question_corpus() -> list[str]:

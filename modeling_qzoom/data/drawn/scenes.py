@@ -80,11 +80,11 @@ def _slots(canvas: Canvas, style: Style, count: int) -> list[tuple[float, float,
     """Cells (x, y, width, height) of the shapes, in reading order: of a 3 × 3 grid, or 4 × 2 where layouts shift."""
     columns, rows = (4, 2) if style.shifted else (3, 3)
     while True:
-        chosen = sorted(canvas.rng.sample(range(columns * rows), count))
-        if layout_of_split(("scene", chosen), style.split):
+        places = sorted(canvas.rng.sample(range(columns * rows), count))
+        if layout_of_split(("scene", places), style.split):
             break
     width, height = canvas.image.width / columns, canvas.image.height / rows
-    return [(slot % columns * width, slot // columns * height, width, height) for slot in chosen]
+    return [(slot % columns * width, slot // columns * height, width, height) for slot in places]
 
 
 def draw_scene(canvas: Canvas, settings: PageSettings, style: Style) -> Page:

@@ -140,7 +140,7 @@ def run(config: CalibrateConfig) -> None:
         report = {
             "config": asdict(config),
             "backbone": backbone_fingerprint(session.model),
-            "data": {"fingerprint": rows.fingerprint, "rows": len(coarse), "skipped": passes.bad.found},
+            "data": {"fingerprint": rows.fingerprint, "rows": len(coarse), "skipped": passes.bad.skipped},
             "plain_accuracy": float(closed.right.mean()),
             "region_thresholds": [asdict(entry) for entry in ranked],
             "presets": {name: asdict(point) for name, point in presets.items()},

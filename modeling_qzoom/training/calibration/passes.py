@@ -9,13 +9,14 @@ from accelerate import PartialState
 from PIL import Image
 
 from ... import ZoomReport
-from ...asking.answers import Answer, greedy_answers, in_batches
+from ...asking.answers import Answer, ask_batch, in_batches
 from ...asking.cost import Prompt
 from ...asking.gating import HELD_OPEN
 from ...asking.judges import Judge
 from ...asking.session import Session
 from ...data.bad_rows import BadRows
-from ...data.rows import Box, Row
+from ...data.rows import Row
+from ...zoom_regions_qzoom import Box
 from ..common.labelling import label_in_batches
 from .candidates import Candidate
 from .config import CalibrateConfig
@@ -85,8 +86,11 @@ class Passes:
     ) -> tuple[list[bool], list[str], list[ZoomReport]]:
         """Verdict, answer and report of each row."""
         questions = [row.question for row in rows]
-        answers, reports = greedy_answers(self.session, images, questions, reports=True, **{**HELD_OPEN, **options})
-        return self.judge.judge(questions, [row.answers for row in rows], answers), answers, reports
+        batch = list(zip(images, questions, strict=True))
+        answers = ask_batch(self.session, batch, **{**HELD_OPEN, **options})
+        texts = [answer.text for answer in answers]
+        verdicts = self.judge.judge(questions, [row.answers for row in rows], texts)
+        return verdicts, texts, [answer.report for answer in answers]
 
     def coarse(self, candidates: Sequence[Candidate]) -> list[Coarse]:
         """The first pass: plain answers, gate probabilities and boxes of all usable rows, in order.
@@ -110,7 +114,7 @@ class Passes:
         label = functools.partial(self._coarse_batch, candidates)
         labels = list(label_in_batches(rows, load, label, self.batch_size, self.bad))
         coarse = sorted(self._gather(labels), key=lambda row: row.place)
-        self.bad.found = self._gather(self.bad.found)
+        self.bad.skipped = self._gather(self.bad.skipped)
         self.bad.check(len(coarse))
         return coarse
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...data.bad_rows import BadRows
 from ...data.config import DataConfig
 from ...data.files import read_json, write_json, written_whole
-from ...data.readers import read_parquet
+from ...data.records import read_parquet
 from ...data.rows import Row, Rows
 
 
@@ -143,7 +143,7 @@ class ShardStore:
             shard = rows[number * shard_size : (number + 1) * shard_size]
             bad = BadRows(self.folder.name)
             records = label(shard, bad)
-            write_shard(_shard_path(self.folder, number, self.count), records, bad.found)
+            write_shard(_shard_path(self.folder, number, self.count), records, bad.skipped)
 
     def skipped(self) -> list[str]:
         """The rows that could not be used, with reasons."""
@@ -174,8 +174,8 @@ def make_labels(
     store.make(rows, shard_size, label, state.process_index, state.num_processes)
     state.wait_for_everyone()
     bad = BadRows(str(folder))
-    bad.found = store.skipped()
-    bad.check(len(rows) - len(bad.found))
+    bad.skipped = store.skipped()
+    bad.check(len(rows) - len(bad.skipped))
 
 
 def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...asking.answers import greedy_answers
+from ...asking.answers import ask_batch
 from ...asking.fingerprints import backbone_fingerprint, region_fingerprint
 from ...asking.judges import Judge, judge_for
 from ...asking.session import Session, open_session
@@ -63,10 +63,10 @@ class FusionMiner(Labeler[tuple[Row, Image.Image], FusionRecord]):
 
     def label(self, batch: list[tuple[Row, Image.Image]]) -> list[FusionRecord]:
         """A record for each row."""
-        rows, images = [row for row, _ in batch], [image for _, image in batch]
-        questions = [row.question for row in rows]
-        plain = greedy_answers(self.session, images, questions, zoom="never")
-        zoomed, reports = greedy_answers(self.session, images, questions, reports=True, zoom="always")
+        rows, questions = [row for row, _ in batch], [(image, row.question) for row, image in batch]
+        plain = [answer.text for answer in ask_batch(self.session, questions, zoom="never")]
+        always = ask_batch(self.session, questions, zoom="always")
+        zoomed, reports = [answer.text for answer in always], [answer.report for answer in always]
         plain_right = self._judge(rows, plain)
         changed = [place for place, texts in enumerate(zip(plain, zoomed)) if texts[0] != texts[1]]
         zoomed_right = list(plain_right)

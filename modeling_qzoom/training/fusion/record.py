@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ...data.rows import Box
+from ...zoom_regions_qzoom import Box
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from ... import QZoomProcessor
 from ...asking.chats import encode_prompts, render, stack_features
 from ...asking.config import ModelConfig
 from ...backbones_qzoom import spec_for_model_type
-from ...data.rows import Box, Row
+from ...data.rows import Row
 from ...training_losses_qzoom import IGNORED
+from ...zoom_regions_qzoom import Box
 from ..common.trainer import Key
 from .config import TrainFusionConfig
 from .record import FusionRecord

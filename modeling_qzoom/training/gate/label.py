@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...asking.answers import greedy_answers
+from ...asking.answers import ask_batch
 from ...asking.budgets import at_budget
 from ...asking.fingerprints import backbone_fingerprint
 from ...asking.judges import Judge, judge_for
@@ -71,12 +71,12 @@ class GateLabeler(Labeler[tuple[Row, Image.Image], GateRecord]):
 
     def climb(self, rows: Sequence[Row], images: Sequence[Image.Image]) -> list[list[str]]:
         """The replies to each row from the lowest rung to the highest."""
-        questions, columns = [row.question for row in rows], []
+        columns = []
         for tokens in self.config.ladder:
             views = [at_budget(image, tokens, self.session.model.config.vlm_config) for image in images]
-            shown = [view for view, _ in views]
-            budget: dict[str, Any] = views[0][1]
-            columns.append(greedy_answers(self.session, shown, questions, zoom="never", **budget))
+            batch = [(view, row.question) for (view, _), row in zip(views, rows, strict=True)]
+            answers = ask_batch(self.session, batch, budget=views[0][1], zoom="never")
+            columns.append([answer.text for answer in answers])
         return [list(replies) for replies in zip(*columns, strict=True)]
 
     def label(self, batch: list[tuple[Row, Image.Image]]) -> list[GateRecord]:

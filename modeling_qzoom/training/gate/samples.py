@@ -46,7 +46,7 @@ class GateDataset(Dataset[dict[str, Any]]):
         image = self.rows[record.id].load_image(self.processor.max_source_pixels)
         view, budget = at_budget(image, record.ladder[rung], self.vlm_config)
         text = render(self.processor, [(record.question, None)], self.config)
-        features = encode_prompts(self.processor, [view], [text], **budget)
+        features = encode_prompts(self.processor, [view], [text], budget)
         for name in ("source_images", "source_boxes"):
             features.pop(name, None)
         return {"features": features, "target": target}

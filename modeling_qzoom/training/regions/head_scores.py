@@ -18,9 +18,9 @@ from ...asking.answers import in_batches
 from ...asking.chats import encode_prompts, render
 from ...asking.metrics import exact_match
 from ...asking.session import Session
-from ...data.drawn.pages import Box, Page, Question
+from ...data.drawn.pages import Page, Question
 from ...data.drawn.questions import PAGE_KINDS, draw_page, fine_question
-from ...zoom_regions_qzoom import Rectangle, pixels_to_cells
+from ...zoom_regions_qzoom import Box, Rectangle, pixels_to_cells
 from .config import FindHeadsConfig
 from .look import Look, look
 from .rule import covered_cells

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.rows import Box
-from ...zoom_regions_qzoom import Rectangle
+from ...zoom_regions_qzoom import Box, Rectangle
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,13 @@ from hub_release.demo.clock import history_of
 from hub_release.repository.files import EVALUATION
 from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 from modeling_qzoom.asking.answers import ask
+from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.metrics import covered_share
+from modeling_qzoom.asking.session import Session
 from modeling_qzoom.data.drawn.questions import draw_rows
 
 
+CONFIG = ModelConfig(max_new_tokens=16)
 ROOT = Path(__file__).resolve().parents[3]
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 ASSETS = ROOT / "examples" / "assets"
@@ -37,7 +40,7 @@ def test_the_folder_is_small_and_has_presets() -> None:
 def test_the_bundled_pages_are_answered_right(demo, name) -> None:
     bundled = json.loads((ASSETS / f"{name}.json").read_text())
     image = Image.open(ASSETS / bundled["image"]).convert("RGB")
-    coarse, fine = list(ask(*demo, [(image, item["question"]) for item in bundled["questions"]]))
+    coarse, fine = list(ask(Session(*demo, CONFIG), [(image, item["question"]) for item in bundled["questions"]]))
     assert [coarse.text, fine.text] == [item["answer"] for item in bundled["questions"]]
     assert [coarse.report.zoomed, fine.report.zoomed] == [False, True]
     assert covered_share(fine.report.box, bundled["questions"][1]["box"]) == 1.0
@@ -56,7 +59,10 @@ def test_zooming_reads_what_the_coarse_view_cannot(demo) -> None:
     asked = [(row.page.image, row.question.text) for row in rows]
 
     def right(**options) -> int:
-        return sum(answer.text == row.question.answer for answer, row in zip(ask(*demo, asked, **options), rows))
+        return sum(
+            answer.text == row.question.answer
+            for answer, row in zip(ask(Session(*demo, CONFIG), asked, **options), rows)
+        )
 
     assert right() >= right(zoom="never") + len(rows) // 2
 

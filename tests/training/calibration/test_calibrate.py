@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
-from modeling_qzoom.asking.answers import greedy_answers
+from modeling_qzoom.asking.answers import ask_batch
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.readers import load_rows
@@ -123,9 +123,9 @@ def prepare(folder: Path, family: str) -> tuple[str, str]:
     data = write_data(folder / "data", images=4, questions=2)
     session = open_session(ModelConfig(model=model, max_new_tokens=4))
     rows = load_rows(CalibrateConfig(data=data))
-    images, questions = [row.load_image() for row in rows], [row.question for row in rows]
-    plain = greedy_answers(session, images, questions, zoom="never")
-    zoomed = greedy_answers(session, images, questions, zoom="always")
+    batch = [(row.load_image(), row.question) for row in rows]
+    plain = [answer.text for answer in ask_batch(session, batch, zoom="never")]
+    zoomed = [answer.text for answer in ask_batch(session, batch, zoom="always")]
     answer_rows(data, [(plain if number % 2 else zoomed)[number] or "none" for number in range(len(rows))])
     return model, data
 
@@ -155,8 +155,8 @@ def direct(model: str, data: str, **options) -> dict[str, float]:
     """What `generate` does with the rows under these options."""
     session = open_session(ModelConfig(model=model, max_new_tokens=4))
     rows = load_rows(CalibrateConfig(data=data))
-    images, questions = [row.load_image() for row in rows], [row.question for row in rows]
-    answers, reports = greedy_answers(session, images, questions, reports=True, **options)
+    replies = ask_batch(session, [(row.load_image(), row.question) for row in rows], **options)
+    answers, reports = [reply.text for reply in replies], [reply.report for reply in replies]
     figures = {
         "accuracy": [answer.lower() == row.answers[0].lower() for answer, row in zip(answers, rows, strict=True)],
         "zoomed_share": [report.zoomed for report in reports],
@@ -210,21 +210,15 @@ def test_cost_is_what_the_reports_of_a_direct_run_cost(qwen, tmp_path):
     model, data = qwen
     report = tmp_path / "report.json"
     calibrate.run(config(model, data, report=str(report), crop_max_tokens=[12]))
-    session = open_session(ModelConfig(model=model))
+    session = open_session(ModelConfig(model=model, max_new_tokens=2))
     rows = [(row.load_image(), row.question) for row in load_rows(CalibrateConfig(data=data))]
     points = json.loads(report.read_text())["points"]
     for point in (points[0], points[len(points) // 3]):
         options = point["options"]
         resolved = resolve_options(options, [], session.model.config, mrope=True)
         cost = PrefillCost(session.model.config, resolved)
-        spent = [
-            cost.of_answer(answer)
-            for answer in ask(session.model, session.processor, rows, **options, max_new_tokens=2)
-        ]
-        plain = [
-            cost.of_answer(answer)
-            for answer in ask(session.model, session.processor, rows, zoom="never", max_new_tokens=2)
-        ]
+        spent = [cost.of_answer(answer) for answer in ask(session, rows, **options)]
+        plain = [cost.of_answer(answer) for answer in ask(session, rows, zoom="never")]
         assert point["relative_flops"] == pytest.approx(sum(spent) / sum(plain))
 
 

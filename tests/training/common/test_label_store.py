@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_qzoom.data.readers import read_parquet
+from modeling_qzoom.data.records import read_parquet
 from modeling_qzoom.data.rows import Row, Rows
 from modeling_qzoom.training.common.label_store import (
     Manifest,

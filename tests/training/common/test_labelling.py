@@ -29,14 +29,14 @@ def test_rows_at_fault_are_found_named_and_left_out() -> None:
     bad = BadRows("test")
     assert list(label_in_batches(rows(8), load, label, 3, bad)) == [0, 10, 30, 50, 70]
     assert batches == [[0, 1, 2], [0], [1], [2], [3, 5, 6], [7]]
-    assert bad.found == ["2: refused", "4: cannot be read", "6: says nothing"]
+    assert bad.skipped == ["2: refused", "4: cannot be read", "6: says nothing"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 100])
 def test_labels_do_not_depend_on_the_batch(size) -> None:
     bad = BadRows("test")
     labels = label_in_batches(rows(8), load, lambda batch: [number + 1 for number in batch], size, bad)
-    assert list(labels) == [1, 2, 3, 4, 6, 7, 8] and len(bad.found) == 1
+    assert list(labels) == [1, 2, 3, 4, 6, 7, 8] and len(bad.skipped) == 1
 
 
 def test_other_errors_are_not_the_rows(caplog) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_qzoom.data.readers import read_parquet
+from modeling_qzoom.data.records import read_parquet
 from modeling_qzoom.training.common.label_store import write_shard
 from modeling_qzoom.training.fusion.record import FusionRecord
 from modeling_qzoom.training.gate.record import GateRecord

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_qzoom import QZoomForConditionalGeneration
-from modeling_qzoom.asking.answers import greedy_answers
+from modeling_qzoom.asking.answers import ask_batch
 from modeling_qzoom.asking.config import JudgeConfig
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.readers import load_rows
@@ -32,10 +32,10 @@ def direct(settings: MineFusionConfig) -> list[tuple[str, str, object]]:
     session = open_session(settings)
     found = []
     for row in load_rows(settings):
-        images, questions = [row.load_image()], [row.question]
-        plain = greedy_answers(session, images, questions, zoom="never")[0]
-        zoomed, reports = greedy_answers(session, images, questions, reports=True, zoom="always")
-        found.append((plain, zoomed[0], reports[0]))
+        question = [(row.load_image(), row.question)]
+        (plain,) = ask_batch(session, question, zoom="never")
+        (zoomed,) = ask_batch(session, question, zoom="always")
+        found.append((plain.text, zoomed.text, zoomed.report))
     return found
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_qzoom.asking.answers import greedy_answers
+from modeling_qzoom.asking.answers import ask_batch
 from modeling_qzoom.asking.budgets import at_budget, check_ladder
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
@@ -59,9 +59,9 @@ def test_replies_are_the_plain_answers_at_every_rung(setting, tmp_path) -> None:
     assert [record["id"] for record in records] == [row.id for row in rows]
     session = open_session(config)
     for rung, tokens in enumerate(LADDER):
-        image, sizes = at_budget(rows[0].load_image(), tokens, session.model.config.vlm_config)
-        alone = greedy_answers(session, [image], [rows[0].question], zoom="never", **sizes)
-        assert records[0]["replies"][rung] == alone[0]
+        image, budget_of_rung = at_budget(rows[0].load_image(), tokens, session.model.config.vlm_config)
+        (alone,) = ask_batch(session, [(image, rows[0].question)], budget=budget_of_rung, zoom="never")
+        assert records[0]["replies"][rung] == alone.text
     assert records[0]["ladder"] == LADDER
     assert all(len(record["right"]) == len(record["agrees"]) == len(LADDER) for record in records)
 
@@ -124,12 +124,12 @@ def test_rows_without_annotation_have_no_verdicts(single, tmp_path) -> None:
 
 def test_a_fixed_grid_loses_detail_instead_of_tokens() -> None:
     image, config = noise(200, 100), vlm_config("llava")  # 56 × 56 pixels, 16 tokens
-    half, sizes = at_budget(image, 4, config)
-    assert (half.size, sizes) == ((56, 28), {})
+    half, budget = at_budget(image, 4, config)
+    assert (half.size, budget) == ((56, 28), None)
     assert at_budget(image, 16, config)[0] is image
     small = noise(20, 20)
     assert at_budget(small, 4, config)[0] is small
-    assert at_budget(image, 4, vlm_config("qwen3_vl")) == (image, {"min_tokens": 4, "max_tokens": 4})
+    assert at_budget(image, 4, vlm_config("qwen3_vl")) == (image, (4, 4))
 
 
 @pytest.mark.parametrize("ladder", [[], [64], [64, 64], [128, 64], [0, 4]])
@@ -141,6 +141,6 @@ def test_ladders_ascend(ladder) -> None:
 def test_answers_come_with_reports(setting) -> None:
     session = open_session(ModelConfig(model=setting["model"], max_new_tokens=3, **budget(setting["family"])))
     images = [noise(150, 120, seed) for seed in range(2)]
-    answers, reports = greedy_answers(session, images, ["a?", "what is b?"], reports=True, zoom="always")
-    assert len(answers) == len(reports) == 2
-    assert {report.reason for report in reports} <= {"forced", "empty_map"}
+    answers = ask_batch(session, list(zip(images, ["a?", "what is b?"])), zoom="always")
+    assert len(answers) == 2
+    assert {answer.report.reason for answer in answers} <= {"forced", "empty_map"}

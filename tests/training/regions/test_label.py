@@ -14,7 +14,9 @@ import pytest
 from modeling_qzoom.asking.fingerprints import backbone_fingerprint
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.bad_rows import BadRows
-from modeling_qzoom.data.readers import drawn_rows, load_rows, read_parquet
+from modeling_qzoom.data.drawn.rows import drawn_rows
+from modeling_qzoom.data.readers import load_rows
+from modeling_qzoom.data.records import read_parquet
 from modeling_qzoom.training.common.config_files import load_config
 from modeling_qzoom.training.common.label_store import read_labels, read_manifest
 from modeling_qzoom.training.regions.config import LabelRegionsConfig, LabelRule
@@ -169,7 +171,7 @@ def test_empty_responses_are_skipped_and_named(model, data, tmp_path) -> None:
     config = _config(model, data, tmp_path / "labels", max_new_tokens=1)
     labeler, bad = RegionLabeler(open_session(config), config), BadRows("test")
     assert labeler(drawn_rows("train", 1, 0), bad) == []
-    assert "response is empty" in bad.found[0]
+    assert "response is empty" in bad.skipped[0]
 
 
 def test_heads_come_from_a_file_or_from_tables(model, data, tmp_path) -> None:

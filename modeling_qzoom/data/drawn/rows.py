@@ -1,0 +1,50 @@
+"""Rows about drawn pages, for training: the pages are drawn again whenever their images are needed."""
+
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..rows import Row, Rows
+from .questions import PAGE_KINDS, ask_question, draw_page
+
+
+@dataclass(frozen=True)
+class _DrawnImage:
+    """Draws its page again each time, so that thousands of rows fit in memory."""
+
+    split: str
+    seed: int
+    kind: str
+
+    def __call__(self) -> Image.Image:
+        return draw_page(self.seed, kind=self.kind, split=self.split).image
+
+
+def drawn_rows(split: str, count: int, seed: int) -> Rows:
+    """Rows about benchmark pages: every page with two questions about details and two that need none.
+
+    Args:
+        split: split that the pages belong to.
+        count: number of rows.
+        seed: seed of the pages; other seeds give other pages.
+    """
+    rows: list[Row] = []
+    number = 0
+    while len(rows) < count:
+        # far above the seeds of evaluation rows, in case both use one split
+        page_seed = 10**15 + seed * 10**7 + number
+        kind = PAGE_KINDS[number % len(PAGE_KINDS)]
+        number += 1
+        page = draw_page(page_seed, kind=kind, split=split)
+        rng = random.Random(f"rows/{split}/{page_seed}")
+        questions = {}
+        for question_kind in ("fine", "coarse", "fine", "coarse"):
+            question = ask_question(page, question_kind, rng)
+            questions[question.text] = question
+        for place, question in enumerate(questions.values()):
+            name = f"{split}-{page_seed}"
+            image = _DrawnImage(split, page_seed, kind)
+            row = Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
+            rows.append(row)
+    return Rows(rows[:count], f"drawn/{split}/{count}/{seed}")
