@@ -1,6 +1,5 @@
 """Configuration of a Q-Zoom model: any supported vision-language model (VLM) plus the zoom options."""
 
-import difflib
 import inspect
 import json
 import math
@@ -14,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
 from .errors_qzoom import CheckpointError
+from .messages_qzoom import one_line, similar
 from .zoom_options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
 
 
@@ -36,7 +36,7 @@ def refuse_misspelt(names: Iterable[str]) -> None:
     """
     known = own_fields()
     for name in set(names) - known:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=_MISSPELT)
+        close = similar(name.replace("-", "_"), known, _MISSPELT)
         if close and not name.startswith("_"):
             raise CheckpointError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
 
@@ -61,9 +61,7 @@ def _as_vlm_config(value: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise CheckpointError(
-            f"vlm_config is no {model_type!r} configuration: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckpointError(f"vlm_config is no {model_type!r} configuration: {one_line(error)}") from error
 
 
 def _checked_statistics(name: str, value: Any) -> list[float]:

@@ -1,6 +1,5 @@
 """What is checked before and after a checkpoint is loaded: that it is one of ours, whole, and asked for rightly."""
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -11,14 +10,11 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .configuration_qzoom import QZoomConfig, own_fields
 from .errors_qzoom import CheckpointError
+from .hub_qzoom import hub_keywords
+from .messages_qzoom import similar
 
 
-_HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies", "force_download")
-
-
-def hub_keywords(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where and how to look."""
-    return {key: kwargs[key] for key in (*_HUB_KEYWORDS, *more) if kwargs.get(key) is not None}
+_LIKENESS = 0.6  # every unknown field is refused, so the guess may be wide
 
 
 def damage_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +30,7 @@ def check_zoom_config(fields: dict[str, Any]) -> None:
     """
     known = own_fields() - {"vlm_config"}
     for key in sorted(set(fields) - known):
-        close = difflib.get_close_matches(key, known, n=1)
+        close = similar(key, known, _LIKENESS)
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}."
         raise CheckpointError(f"zoom_config has no field {key!r}{hint}")
 

@@ -15,16 +15,17 @@ from transformers.modeling_utils import PreTrainedModel
 from .backbones_qzoom import spec_for_model_type
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CheckpointError
-from .loading_addons_qzoom import has_unmerged_lora, holds_only_branches, load_lora, with_base_files, write_addon
+from .hub_qzoom import hub_keywords
+from .loading_addons_qzoom import holds_only_branches, with_base_files
 from .loading_checks_qzoom import (
     check_is_qzoom,
     check_loading_info,
     check_vlm_complete,
     check_zoom_config,
     damage_keywords,
-    hub_keywords,
 )
 from .loading_fingerprints_qzoom import comparing_weights
+from .loading_lora_qzoom import has_unmerged_lora, load_lora
 from .loading_quantized_qzoom import (
     UNQUANTIZED,
     adopt_placement,
@@ -37,6 +38,7 @@ from .loading_quantized_qzoom import (
     restore_storage_format,
 )
 from .loading_weight_files_qzoom import check_weight_files, damage_named
+from .saving_addons_qzoom import write_addon
 from .saving_qzoom import FULL, check_target, staged
 from .zoom_branches_qzoom import ZoomBranches
 

@@ -1,6 +1,5 @@
 """The keywords of a processor call: which exist, which are for `generate`, what the backbone's processor gets."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .errors_qzoom import InputError
+from .messages_qzoom import similar
 from .zoom_options_qzoom import OPTION_NAMES
 
 
@@ -28,6 +28,7 @@ _AREA_KEYWORDS = frozenset({"min_pixels", "max_pixels"})
 _OF_NEWER_TRANSFORMERS = frozenset({"sanitize_control_tokens"})  # whoever asks for safety must not be passed over
 _SPECIAL_TOKENS = frozenset(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)  # variables of many templates
 _CLOSE = 0.8  # likeness from which on a name counts as a misspelt one
+_GUESS = 0.6  # likeness of the names that are proposed for one that is refused in any case
 
 
 def option(keywords: dict[str, Any], group: str, name: str, default: Any = None) -> Any:
@@ -67,7 +68,7 @@ def _refuse(unknown: set[str], accepted: set[str]) -> None:
         raise InputError("min_pixels and max_pixels are not taken by a call: use min_tokens and max_tokens.")
     names = []
     for name in sorted(unknown):
-        close = difflib.get_close_matches(name.lower(), sorted(accepted), n=2)
+        close = similar(name, accepted, _GUESS, count=2)
         names.append(f"{name!r} (did you mean {' or '.join(close)}?)" if close else repr(name))
     raise InputError(f"QZoomProcessor does not know the keyword {', '.join(names)}.")
 
@@ -104,7 +105,7 @@ def check_given_at_loading(names: set[str]) -> None:
     """
     ours = (*OWN_KEYWORDS, "max_source_pixels")
     for name in sorted(names - set(ours)):
-        close = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_CLOSE)
+        close = similar(name, ours, _CLOSE)
         if close:
             raise InputError(f"QZoomProcessor.from_pretrained does not know {name!r}; did you mean {close[0]}?")
 
@@ -130,11 +131,7 @@ def split_template_keywords(
     template = {name: value for name, value in free.items() if name in variables - GENERATE_KEYWORDS}
     others = set(free) - set(template)
     candidates = known | GENERATE_KEYWORDS | _AREA_KEYWORDS | _OF_NEWER_TRANSFORMERS
-    refused = {
-        name
-        for name in others - _SPECIAL_TOKENS
-        if difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=_CLOSE)
-    }
+    refused = {name for name in others - _SPECIAL_TOKENS if similar(name, candidates, _CLOSE)}
     _refuse(refused, (known | GENERATE_KEYWORDS) - {""})
     dropped = sorted(others)
     if dropped:

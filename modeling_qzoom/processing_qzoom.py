@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import _get_template_variables
 from .backbone_grids_qzoom import NativeGrid
 from .backbones_qzoom import spec_for_model_type
 from .errors_qzoom import InputError
+from .messages_qzoom import one_line
 from .processing_budget_qzoom import ProcessorBudgetMixin
 from .processing_images_qzoom import (
     check_views,
@@ -260,7 +261,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
                 images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size, saved)
             )
         except StrictDataclassError as error:  # keywords of a wrong type
-            raise InputError(f"QZoomProcessor: {' '.join(str(error).split())}") from None
+            raise InputError(f"QZoomProcessor: {one_line(error)}") from None
         refuse_empty_rows(encoded)
         keep = dict.fromkeys([*(encoded.skip_tensor_conversion or ()), "source_images"])
         output = BatchFeature(dict(encoded), skip_tensor_conversion=list(keep))

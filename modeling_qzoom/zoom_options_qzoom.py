@@ -1,9 +1,8 @@
 """The zoom options of one call: their names, their validation and the order in which their sources win."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import SequenceMatcher
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .errors_qzoom import InputError
+from .messages_qzoom import close_miss, shown
 
 
 ZOOM_MODES = ("auto", "always", "never")
@@ -36,9 +36,6 @@ OPTION_NAMES = tuple(field.name for field in fields(ZoomOptions))
 # every name that a generation config may carry for us
 SETTING_NAMES = (*OPTION_NAMES, "effort", "return_zoom_reports")
 
-_LONGEST_VALUE = 80  # characters of a refused value that a message quotes
-_CLOSE_MISS = 0.85  # share of equal characters; "max_tokens" and "crop_max_tokens" share 0.82
-
 
 def python_number(value: Any) -> Any:
     """A number of any library (`np.float32`, `np.int64`, ...) as int or float; anything else as it is."""
@@ -50,18 +47,9 @@ def python_number(value: Any) -> Any:
         return math.inf
 
 
-def _shown(value: Any) -> str:
-    """A refused value for a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no number of more than 4300 digits
-        return f"a number of more than {_LONGEST_VALUE} digits"
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
-
-
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} must be one of {list(choices)}, got {_shown(value)}.")
+        raise InputError(f"{name} must be one of {list(choices)}, got {shown(value)}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -74,12 +62,12 @@ def _is_finite(value: Any) -> bool:
 def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not _is_finite(value) or value < low:
-        raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {_shown(value)}.")
+        raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {shown(value)}.")
 
 
 def _check_tokens(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-        raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {_shown(value)}.")
+        raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {shown(value)}.")
 
 
 def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
@@ -96,30 +84,9 @@ def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
         value = getattr(options, name)
         if value is not None and positions is not None and value > positions:
             raise InputError(
-                f"{name} is {_shown(value)}, but this model's sequences hold at most {positions} tokens "
+                f"{name} is {shown(value)}, but this model's sequences hold at most {positions} tokens "
                 "(max_position_embeddings), the prompt and the answer included. Set a smaller budget."
             )
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
-
-
-def close_miss(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that a name was probably meant to be; None for a name of somebody else's.
-
-    Caught are other spellings, one or two wrong or swapped letters, and names that are cut short or go on.
-    """
-    given = _plain(name)
-    for option in known:
-        meant = _plain(option)
-        begins = min(len(name.split("_")), len(option.split("_"))) > 1 and (
-            f"{option}_".startswith(f"{name.lower()}_") or f"{name.lower()}_".startswith(f"{option}_")
-        )
-        swapped = sorted(given) == sorted(meant)
-        if swapped or begins or SequenceMatcher(None, given, meant).ratio() >= _CLOSE_MISS:
-            return option
-    return None
 
 
 def check_generation_config(entry: Any) -> None:
@@ -153,7 +120,7 @@ def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) 
     settings = (given, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
     for value in settings:
         if value is not None and not isinstance(value, bool):
-            raise InputError(f"return_zoom_reports must be True or False, got {_shown(value)}.")
+            raise InputError(f"return_zoom_reports must be True or False, got {shown(value)}.")
     return next((value for value in settings if value is not None), False)
 
 
@@ -219,7 +186,7 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
         return {}
     if not isinstance(effort, str) or effort not in presets:
         known = sorted(presets) or "none; set thresholds and budgets one by one"
-        raise InputError(f"effort={_shown(effort)} is not a preset of this checkpoint (presets: {known}).")
+        raise InputError(f"effort={shown(effort)} is not a preset of this checkpoint (presets: {known}).")
     return presets[effort]
 
 

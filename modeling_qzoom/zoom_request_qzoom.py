@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backbone_adapters_qzoom import RowAdapters
 from .errors_qzoom import InputError
+from .messages_qzoom import shown
 from .processing_images_qzoom import ImageSlot, load_rgb, source_tensor
 from .prompt_qzoom import ImageSpan, VisualFeatures
 from .report_qzoom import ZoomReport
@@ -171,7 +172,7 @@ def _flat_numbers(nested: Any) -> list[float]:
         return []
     if not isinstance(nested, Real) or isinstance(nested, bool) or not math.isfinite(nested):
         raise InputError(
-            f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {str(nested)[:80]!r}. Pass what "
+            f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {shown(nested)}. Pass what "
             "QZoomProcessor returned."
         )
     return [float(nested)]

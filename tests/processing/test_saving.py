@@ -50,9 +50,6 @@ def settings(processor) -> dict:
     return {name: getattr(processor, name) for name in SETTINGS}
 
 
-# --- saving and loading
-
-
 @families
 def test_round_trip(family, tmp_path):
     budget = FAMILY[family].budget(4, 30)
@@ -113,9 +110,6 @@ def test_missing_attributes_are_attribute_errors():
     processor = qwen_processor()
     assert not hasattr(processor, "feature_extractor") and not hasattr(processor, "_nothing")
     assert not hasattr(QZoomProcessor.__new__(QZoomProcessor), "tokenizer")  # as while unpickling
-
-
-# --- from a plain backbone
 
 
 def test_from_backbone_object():
@@ -179,9 +173,6 @@ def test_parts_that_do_not_fit():
         QZoomProcessor(Qwen2VLImageProcessor(), qwen_tokenizer(), backbone_model_type="bert")
 
 
-# --- what others call
-
-
 @families
 def test_delegated_names(family):
     processor = PROCESSORS[family]()
@@ -233,9 +224,6 @@ def test_threads_share_a_processor():
         results = list(pool.map(lambda chats, most: process(processor, chats, max_tokens=most), requests, budgets))
     for result, alone in zip(results, expected, strict=True):
         assert_same(result, alone)
-
-
-# --- videos
 
 
 class StubVideoKwargs(TypedDict, total=False):
