@@ -106,7 +106,7 @@ class QZoomGenerationMixin(GenerationMixin):
         """Continuous batching of transformers, for text only.
 
         Raises:
-            ValueError: a prompt holds image tokens.
+            UnsupportedError: a prompt holds image tokens.
         """
         refuse_batched_images(inputs, self.config.image_token_id)
         return super().generate_batch(inputs, *args, **kwargs)

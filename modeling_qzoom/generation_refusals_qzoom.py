@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin
 
 from .backbone_cache_qzoom import CACHE
 from .errors_qzoom import InputError, UnsupportedError
+from .source_images_qzoom import SourceInput
 
 
 _PLAIN = "With zoom='never' the plain model decides about it."
@@ -34,11 +35,28 @@ def check_padding(attention_mask: Tensor | None) -> None:
         )
 
 
+def require_dict_output(kwargs: dict[str, Any]) -> None:
+    """Makes a call of `generate` return a dict, which reports can be put into.
+
+    Args:
+        kwargs: keyword arguments of `generate`; changed.
+
+    Raises:
+        InputError: the call asks for a tensor.
+    """
+    if kwargs.get("return_dict_in_generate") is False:
+        raise InputError(
+            "return_zoom_reports=True needs a dict output, but return_dict_in_generate=False was passed (pipelines do "
+            "so); call model.generate directly to get reports."
+        )
+    kwargs["return_dict_in_generate"] = True
+
+
 def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Sequence[Any]) -> Tensor | None:
     """The mask that `generate` of transformers will infer from pad tokens, None where it takes every token.
 
     Args:
-        input_ids: (B, N).
+        input_ids: (B, N) ids of the prompts.
         kwargs: keyword arguments of `generate`, without a mask.
         generation_configs: those in force, the call's before the model's.
     """
@@ -50,7 +68,7 @@ def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Se
     return (input_ids != pad).long()
 
 
-def refuse_hidden_images(kwargs: dict[str, Any], source_images: Any) -> None:
+def refuse_hidden_images(kwargs: dict[str, Any], source_images: SourceInput | None) -> None:
     """Checks a call that gives embeddings instead of ids.
 
     Raises:

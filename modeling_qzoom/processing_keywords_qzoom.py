@@ -77,8 +77,8 @@ def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> N
     """Refuses what no part of the processor would read.
 
     Args:
-        keywords: of a call, flat or in the groups' dictionaries.
-        accepted: from `accepted_keywords`.
+        keywords: keywords of a call, flat or in the groups' dictionaries.
+        accepted: accepted names by group, from `accepted_keywords`.
 
     Raises:
         InputError: an unknown keyword or one of `generate`, or a padding side that is none.
@@ -98,7 +98,7 @@ def check_given_at_loading(names: set[str]) -> None:
     """Refuses misspelt names of our own settings in `from_pretrained`, which drops what it does not know.
 
     Args:
-        names: what was given.
+        names: names of the arguments of `from_pretrained`.
 
     Raises:
         InputError: names what was meant.
@@ -120,7 +120,7 @@ def split_template_keywords(
 
     Args:
         variables: names that the template reads.
-        accepted: from `accepted_keywords`.
+        accepted: accepted names by group, from `accepted_keywords`.
 
     Raises:
         InputError: a keyword of `generate`, or a name close to a keyword of the processor.
@@ -145,8 +145,8 @@ def backbone_keywords(
     """What the backbone's processor is called with: the caller's keywords, and tensors padded on the left by default.
 
     Args:
-        keywords: checked ones.
-        size: of the coarse view, None where the caller or the image processor sets it.
+        keywords: keywords of a call that `check_keywords` let pass.
+        size: size of the coarse view, None where the caller or the image processor sets it.
         saved: settings that the tokenizer was loaded with; they hold where the caller says nothing else.
     """
     groups = {group: dict(keywords.get(group, {})) for group in GROUPS}

@@ -100,8 +100,8 @@ class ProcessorLoadingMixin(ProcessorMixin):
         Args:
             processor_or_name: the processor (its parts are shared, not copied), or the folder or Hub name of a plain
                 VLM; the latter works without torchvision.
-            min_tokens, max_tokens, max_source_pixels: as of the class.
-            kwargs: for the `from_pretrained` of the parts (`revision`, `cache_dir`, `token`, ...).
+            min_tokens, max_tokens, max_source_pixels: settings of the processor, as the class takes them.
+            kwargs: arguments of `from_pretrained` for the parts (`revision`, `cache_dir`, `token`, ...).
 
         Raises:
             InputError: not a supported backbone's processor.

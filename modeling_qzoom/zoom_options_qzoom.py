@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .errors_qzoom import InputError
+from .errors_qzoom import InputError, UnsupportedError
 from .messages_qzoom import close_miss, shown
 
 
@@ -65,9 +65,32 @@ def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
         raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {shown(value)}.")
 
 
-def _check_tokens(name: str, value: Any) -> None:
+def check_tokens(name: str, value: Any) -> None:
+    """Checks a bound of a budget in merged visual tokens.
+
+    Args:
+        name: name of the bound, for the message.
+        value: the bound; None leaves it open.
+
+    Raises:
+        InputError: no positive whole number.
+    """
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
         raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {shown(value)}.")
+
+
+def check_order(names: tuple[str, str], low: int | None, high: int | None) -> None:
+    """Checks that the bounds of a budget do not cross.
+
+    Args:
+        names: names of the lower and the upper bound, for the message.
+        low, high: the bounds; None leaves one open.
+
+    Raises:
+        InputError: the lower bound is larger.
+    """
+    if low is not None and high is not None and low > high:
+        raise InputError(f"{names[0]} ({low}) is larger than {names[1]} ({high}).")
 
 
 def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
@@ -111,13 +134,13 @@ def check_generation_config(entry: Any) -> None:
             raise InputError(f"the generation config sets {name!r}, which is no option of Q-Zoom; {hint}")
 
 
-def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) -> bool:
+def resolve_reports(of_call: bool | None, generation_configs: Sequence[GenerationConfig]) -> bool:
     """Whether a call returns reports: as it says itself, else as the generation configs do.
 
     Raises:
         InputError: neither True nor False.
     """
-    settings = (given, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
+    settings = (of_call, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
     for value in settings:
         if value is not None and not isinstance(value, bool):
             raise InputError(f"return_zoom_reports must be True or False, got {shown(value)}.")
@@ -125,27 +148,26 @@ def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) 
 
 
 def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
-    """Checks ranges and combinations.
+    """Checks ranges and combinations of resolved options.
 
     Args:
         mrope: whether the backbone has fractional (M-RoPE) positions.
 
     Raises:
-        InputError: a sentence per misuse.
+        InputError: a value is out of range, or two do not fit each other; names the option.
+        UnsupportedError: continuous positions for a backbone without M-RoPE.
     """
     _check_choice("zoom", options.zoom, ZOOM_MODES)
     _check_choice("region_threshold_mode", options.region_threshold_mode, THRESHOLD_MODES)
     _check_number("gate_threshold", options.gate_threshold, 0.0, "0 always zooms, above 1 never")
     _check_number("region_threshold", options.region_threshold, 0.0, "a heat-map value, or a share of the peak")
     for name in CROP_BOUNDS:
-        _check_tokens(name, getattr(options, name))
-    low, high = options.crop_min_tokens, options.crop_max_tokens
-    if low is not None and high is not None and low > high:
-        raise InputError(f"crop_min_tokens ({low}) is larger than crop_max_tokens ({high}).")
+        check_tokens(name, getattr(options, name))
+    check_order(CROP_BOUNDS, options.crop_min_tokens, options.crop_max_tokens)
     if options.position_alignment is not None:
         _check_choice("position_alignment", options.position_alignment, ALIGNMENTS)
         if options.position_alignment == "continuous" and not mrope:
-            raise InputError(
+            raise UnsupportedError(
                 "position_alignment='continuous' needs fractional (M-RoPE) positions, which this backbone does not "
                 "have; leave the option out or pass 'sequential'."
             )
@@ -201,7 +223,7 @@ def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> Non
     if not all(name in resolved for name in CROP_BOUNDS):
         return
     for name in CROP_BOUNDS:  # a bad bound must not move the other
-        _check_tokens(name, resolved[name])
+        check_tokens(name, resolved[name])
     low, high = CROP_BOUNDS
     if resolved[low] > resolved[high] and ranks[low] != ranks[high]:
         strong, weak = sorted(CROP_BOUNDS, key=ranks.__getitem__)
@@ -211,7 +233,7 @@ def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> Non
 def resolve_options(
     call: dict[str, Any], generation_configs: Sequence[GenerationConfig], config: PreTrainedConfig, *, mrope: bool
 ) -> ZoomOptions:
-    """Call > generation configs > model config.
+    """The options of one call: its own win over those of the generation configs, and these over the model config's.
 
     In the call and in a generation config, an explicit option wins over the `effort` preset beside it. The model
     config always holds a value for every option, so there the preset, where one is named, wins over the values.

@@ -92,7 +92,7 @@ PIXELS = make_inputs("qwen2_5_vl", ROWS)["pixel_values"]
         ({"image_grid_thw": GRIDS[:, 1:]}, r"of shape \(3, 2\)"),
         ({"image_grid_thw": GRIDS[:2]}, "prompt has image tokens left but only 2 images"),
         ({"image_grid_thw": GRIDS[[1, 0, 2]]}, "row 0, image 1: an image of 2 × 5 tokens needs 10"),
-        ({"image_grid_thw": GRIDS[:, [0, 2, 1]]}, "image 0 .* is 123 × 275 pixels .* its token grid is 5 × 2"),
+        ({"image_grid_thw": GRIDS[:, [0, 2, 1]]}, "image 0 .* is 121 × 275 pixels .* its token grid is 5 × 2"),
         ({"pixel_values": PIXELS[:-4]}, r"pixel_values must be a tensor \(108, 1176\), a row for every patch"),
         ({"pixel_values": PIXELS[:, 1:]}, r"got a torch.float32 tensor of shape \(108, 1175\)"),
         ({"pixel_values": PIXELS[None]}, r"of shape \(1, 108, 1176\)"),

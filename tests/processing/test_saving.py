@@ -262,7 +262,10 @@ def stub_torchvision(monkeypatch):
 VIDEO = np.zeros((4, 56, 56, 3), np.uint8)
 
 
-def test_videos_pass_through(stub_torchvision):
+def test_videos_pass_through(stub_torchvision, monkeypatch):
+    settings = []
+    make = StubVideoProcessor.from_dict
+    monkeypatch.setattr(StubVideoProcessor, "from_dict", lambda values: settings.append(values) or make(values))
     message = [
         {"role": "user", "content": [{"type": "video", "video": VIDEO}, {"type": "image", "image": noise(56, 56)}]}
     ]
@@ -270,7 +273,7 @@ def test_videos_pass_through(stub_torchvision):
     inputs = process(processor, message)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 4
     assert inputs["video_grid_thw"].tolist() == [[1, 4, 4]] and len(inputs["source_images"]) == 1
-    assert processor._build_video_processor().settings == {"max_frames": 7}
+    assert settings == [{"max_frames": 7}]
     assert "pixel_values" not in processor(text=processor.video_token, videos=[VIDEO], max_frames=3)
     with pytest.raises(ValueError, match="llava takes no videos"):
         llava_processor()(text="hi", videos=[VIDEO])
