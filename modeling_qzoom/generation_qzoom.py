@@ -99,6 +99,7 @@ class QZoomGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        """Inputs of one decoding step, as the VLM makes them."""
         kwargs.pop(REQUEST, None)
         return self.vlm.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 

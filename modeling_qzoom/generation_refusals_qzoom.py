@@ -58,7 +58,7 @@ def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Se
     Args:
         input_ids: (B, N) ids of the prompts.
         kwargs: keyword arguments of `generate`, without a mask.
-        generation_configs: those in force, the call's before the model's.
+        generation_configs: generation configs in force, the call's before the model's.
     """
     pad, eos = (first_setting(name, kwargs, generation_configs) for name in ("pad_token_id", "eos_token_id"))
     ends = eos.flatten().tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, (list, tuple)) else [eos]
@@ -158,7 +158,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
 
     Args:
         args: positional arguments of `generate` after the generation config.
-        generation_configs: those in force, the call's before the model's.
+        generation_configs: generation configs in force, the call's before the model's.
         kwargs: keyword arguments of `generate`, the cache under the name that transformers gives it.
 
     Raises:

@@ -101,30 +101,38 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     # `base_model_prefix` drives loading; generate and trainers want the headless model
     @property
     def base_model(self) -> nn.Module:
+        """The VLM without its output layer."""
         return self.vlm.base_model
 
     def get_input_embeddings(self) -> nn.Module:
+        """The VLM's embedding of the vocabulary."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the VLM's embedding of the vocabulary."""
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """The VLM's output layer."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the VLM's output layer."""
         self.vlm.set_output_embeddings(value)
 
     def get_decoder(self) -> PreTrainedModel:
+        """The VLM's decoder: layers, final norm and rotary embedding."""
         return self.vlm.get_decoder()
 
     @can_return_tuple
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Encoded images, as the VLM returns them."""
         return self.vlm.get_image_features(*args, return_dict=True, **kwargs)
 
     # a property, so that a model whose VLM knows no videos does not have it either
     @property
     def get_video_features(self) -> Callable[..., Any]:
+        """Encodes videos as the VLM does."""
         encode = self.vlm.get_video_features
 
         @can_return_tuple

@@ -23,7 +23,7 @@ class ImageSlot:
     """One image and where it stands in the request; all counts start at 0.
 
     Attributes:
-        image: as the user gave it.
+        image: image as the user gave it.
         index: among all images of the call.
         row: prompt it belongs to, None where nothing says so.
         position: among the images of its row, None with `row`.

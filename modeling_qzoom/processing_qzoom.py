@@ -187,6 +187,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what a call may return."""
         has_boxes = not spec_for_model_type(self.backbone_model_type).grid.has_budget
         boxes = ["source_boxes"] if has_boxes else []
         return [*dict.fromkeys(self.backbone_processor.model_input_names), "source_images", *boxes]

@@ -95,8 +95,9 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
     """BCE over the labelled cells of all rows, images and queries (paper III-C; cells labelled -100 do not count).
 
     Args:
-        logits: per row and image, (Q, h, w).
-        targets: likewise, in {1, 0, -100}; of another grid than the logits if labels were made at another budget.
+        logits: region logits per row and image, (Q, h, w).
+        targets: labels per row and image, in {1, 0, -100}; of another grid than the logits if they were made at
+            another budget.
     """
     flat_logits, flat_targets = [], []
     for row_logits, row_targets in zip(logits, targets):

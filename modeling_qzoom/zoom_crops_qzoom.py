@@ -24,7 +24,7 @@ class CropRecipe:
     Attributes:
         grid: the family's token grid.
         min_tokens, max_tokens: budget in merged visual tokens; without effect on a fixed grid.
-        mean, std: per channel, in [0, 1] units.
+        mean, std: statistics of the pixel values per channel, in [0, 1] units.
     """
 
     grid: TokenGrid

@@ -15,7 +15,7 @@ class ZoomModel(Protocol):
     """A VLM with zoom branches, such as `QZoomForConditionalGeneration`.
 
     Attributes:
-        config: its configuration.
+        config: configuration of the whole model.
         vlm: the wrapped VLM, an unchanged class of transformers.
         zoom: the branches.
         generation_config: defaults of `generate`.

@@ -241,7 +241,8 @@ def resolve_options(
 
     Args:
         call: options of the call by name (`effort` included), None where not given.
-        generation_configs: those in force, the call's before the model's; their attributes may carry options.
+        generation_configs: generation configs in force, the call's before the model's; their
+            attributes may carry options.
         config: the model's `QZoomConfig`.
 
     Raises:
