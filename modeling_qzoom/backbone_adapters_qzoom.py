@@ -55,7 +55,7 @@ class RowAdapters:
 
         Args:
             rows: indices of distinct rows, in the order in which they are run.
-            inserted_at: per row, how many columns of the prompt stand behind an inserted block, and its length.
+            inserted_at: per row, how many columns of the prompt follow an inserted block, and its length.
         """
         values: dict[str, Any] = {}
         if self.names is not None:
@@ -64,8 +64,8 @@ class RowAdapters:
             offsets = [self.offsets[row] for row in rows]
             if inserted_at is not None:
                 offsets = [
-                    offset if offset is None or offset <= behind else offset + block
-                    for offset, (behind, block) in zip(offsets, inserted_at)
+                    offset if offset is None or offset <= after else offset + block
+                    for offset, (after, block) in zip(offsets, inserted_at)
                 ]
             values[_OFFSETS] = offsets
         handles = []
@@ -138,12 +138,20 @@ def row_adapters(model: PreTrainedModel, rows: int, repeats: int) -> RowAdapters
     )
 
 
-def remove_row_adapters(model: PreTrainedModel) -> None:
-    """Takes away the hooks by row that peft leaves on its layers when a call ends in an error."""
-    for module in model.modules():
-        for key in _row_hooks(module):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+@contextmanager
+def no_adapters_left(model: nn.Module) -> Iterator[None]:
+    """Where a call ends in an error within, takes away the hooks by row that peft then leaves on its layers.
+
+    No later call would run with them.
+    """
+    try:
+        yield
+    except BaseException:
+        for module in model.modules():
+            for key in _row_hooks(module):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        raise
 
 
 def refuse_learned_prompt(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -27,6 +28,20 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache are two names of one argument; pass one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def name_cache(kwargs: dict[str, Any]) -> None:
+    """Gives the cache of a call the name that the installed transformers has for it.
+
+    Args:
+        kwargs: keyword arguments of `generate`; changed.
+
+    Raises:
+        InputError: both names are used.
+    """
+    cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+    if cache is not None:
+        kwargs[CACHE] = cache
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class NativeGrid(TokenGrid):
 
     @classmethod
     def of(cls, vlm_config: PreTrainedConfig) -> "NativeGrid":
+        """Patch, merge and frames of a Qwen vision tower."""
         vision = vlm_config.vision_config
         return cls(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
@@ -147,6 +148,7 @@ class FixedGrid(TokenGrid):
 
     @classmethod
     def of(cls, vlm_config: PreTrainedConfig) -> "FixedGrid":
+        """Patch and square of a CLIP vision tower, whose tokens are not merged."""
         vision = vlm_config.vision_config
         return cls(vision.patch_size, 1, 1, vision.image_size)
 

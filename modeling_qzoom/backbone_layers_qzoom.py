@@ -69,8 +69,8 @@ def run_layers(
 
     Args:
         hidden_states: (B, n, D), what layer `first` receives.
-        mask: from `causal_mask`.
-        position_embeddings: from `rotary`.
+        mask: mask of the pass, from `causal_mask`.
+        position_embeddings: cos and sin of the positions, from `rotary`.
         cache: receives keys and values.
 
     Returns:

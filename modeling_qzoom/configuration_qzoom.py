@@ -1,6 +1,5 @@
 """Configuration of a Q-Zoom model: any supported vision-language model (VLM) plus the zoom options."""
 
-import difflib
 import inspect
 import json
 import math
@@ -13,8 +12,18 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
-from .errors_qzoom import CheckpointError
-from .zoom_options_qzoom import OPTION_NAMES, ZoomOptions, check_presets, find_preset, python_number, validate_options
+from .errors_qzoom import CheckpointError, InputError
+from .messages_qzoom import one_line, similar
+from .zoom_options_qzoom import (
+    OPTION_NAMES,
+    ZoomOptions,
+    check_order,
+    check_presets,
+    check_tokens,
+    find_preset,
+    python_number,
+    validate_options,
+)
 
 
 # what the VLM's configuration says and this one only repeats
@@ -36,7 +45,7 @@ def refuse_misspelt(names: Iterable[str]) -> None:
     """
     known = own_fields()
     for name in set(names) - known:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=_MISSPELT)
+        close = similar(name.replace("-", "_"), known, _MISSPELT)
         if close and not name.startswith("_"):
             raise CheckpointError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
 
@@ -45,7 +54,8 @@ def _as_vlm_config(value: Any) -> PreTrainedConfig:
     """The wrapped VLM's configuration, from any form that it may have.
 
     Raises:
-        CheckpointError: it is none, or not that of a supported VLM.
+        CheckpointError: it is none.
+        UnsupportedError: the VLM's family is unknown.
     """
     if value is None:
         value = {"model_type": "qwen2_5_vl"}
@@ -61,9 +71,7 @@ def _as_vlm_config(value: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise CheckpointError(
-            f"vlm_config is no {model_type!r} configuration: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckpointError(f"vlm_config is no {model_type!r} configuration: {one_line(error)}") from error
 
 
 def _checked_statistics(name: str, value: Any) -> list[float]:
@@ -121,9 +129,10 @@ class QZoomConfig(PreTrainedConfig):
         lora_subfolder (`str`, *optional*): where an add-on keeps the LoRA adapter that belongs to it.
 
     Raises:
-        CheckpointError: unsupported VLM, `branch_layer + branch_depth` beyond the last layer, a field of the wrong
-            type or out of range, a misspelt one, a preset that is unknown, sets something else or holds such an
-            option, or `tie_word_embeddings` other than the VLM's.
+        CheckpointError: `branch_layer + branch_depth` beyond the last layer, a field of the wrong type or out of
+            range, a misspelt one, a preset that is unknown, sets something else or holds such an option, or
+            `tie_word_embeddings` other than the VLM's.
+        UnsupportedError: a VLM of a family that Q-Zoom does not know.
     """
 
     model_type = "qzoom"
@@ -205,7 +214,7 @@ class QZoomConfig(PreTrainedConfig):
         """Checks every field; what was assigned since is checked when a model is built or anything is saved.
 
         Raises:
-            CheckpointError: a sentence per misuse.
+            CheckpointError: a field does not hold; names it.
         """
         if not isinstance(self.vlm_config, PreTrainedConfig):
             raise CheckpointError(f"vlm_config must be a configuration of transformers, got {self.vlm_config!r}.")
@@ -214,7 +223,6 @@ class QZoomConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise CheckpointError(f"{name} must be a whole number of decoder layers, got {value!r}.")
-        spec = self.backbone
         num_layers = self.get_text_config().num_hidden_layers
         if self.branch_depth < 1 or self.branch_layer < 1:
             raise CheckpointError(
@@ -230,27 +238,29 @@ class QZoomConfig(PreTrainedConfig):
             raise CheckpointError(f"has_gate must be True or False, got {self.has_gate!r}.")
         for name in ("image_mean", "image_std"):
             setattr(self, name, _checked_statistics(name, getattr(self, name)))
-        self._check_budget()
         self._check_places()
         if not isinstance(self.presets, dict) or not all(isinstance(name, str) for name in self.presets):
             raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
+        try:
+            self._check_budget()
+            self._check_options()
+        except InputError as error:  # the same values are a call's there, and a checkpoint's here
+            raise CheckpointError(str(error)) from error
+
+    def _check_options(self) -> None:
+        mrope = self.backbone.mrope
         for name in OPTION_NAMES:
             setattr(self, name, python_number(getattr(self, name)))  # JSON holds no NumPy scalars
         options = ZoomOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
-        validate_options(options, mrope=spec.mrope)
-        self.presets = check_presets(self.presets, options, mrope=spec.mrope)
+        validate_options(options, mrope=mrope)
+        self.presets = check_presets(self.presets, options, mrope=mrope)
         find_preset(self.effort, self.presets)
 
     def _check_budget(self) -> None:
         for name in ("min_tokens", "max_tokens"):
-            value = python_number(getattr(self, name))
-            setattr(self, name, value)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise CheckpointError(
-                    f"{name} must be a positive number of merged visual tokens or None, got {value!r}."
-                )
-        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise CheckpointError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).")
+            setattr(self, name, python_number(getattr(self, name)))
+            check_tokens(name, getattr(self, name))
+        check_order(("min_tokens", "max_tokens"), self.min_tokens, self.max_tokens)
 
     def _check_places(self) -> None:
         for name in ("base_model_name_or_path", "base_model_revision", "lora_subfolder"):
@@ -330,12 +340,15 @@ class QZoomConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int:
+        """Id of the placeholder of one visual token of an image."""
         return self.vlm_config.image_token_id
 
     @property
     def video_token_id(self) -> int | None:
+        """Id of the placeholder of one visual token of a video; None where the VLM knows no videos."""
         return getattr(self.vlm_config, "video_token_id", None)
 
     @property
     def vision_config(self) -> PreTrainedConfig:
+        """The vision tower's configuration, by the name that it has in a plain VLM's."""
         return self.vlm_config.vision_config

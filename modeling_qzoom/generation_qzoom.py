@@ -99,6 +99,7 @@ class QZoomGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        """Inputs of one decoding step, as the VLM makes them."""
         kwargs.pop(REQUEST, None)
         return self.vlm.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
@@ -106,7 +107,7 @@ class QZoomGenerationMixin(GenerationMixin):
         """Continuous batching of transformers, for text only.
 
         Raises:
-            ValueError: a prompt holds image tokens.
+            UnsupportedError: a prompt holds image tokens.
         """
         refuse_batched_images(inputs, self.config.image_token_id)
         return super().generate_batch(inputs, *args, **kwargs)

@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin
 
 from .backbone_cache_qzoom import CACHE
 from .errors_qzoom import InputError, UnsupportedError
+from .source_images_qzoom import SourceInput
 
 
 _PLAIN = "With zoom='never' the plain model decides about it."
@@ -34,13 +35,30 @@ def check_padding(attention_mask: Tensor | None) -> None:
         )
 
 
+def require_dict_output(kwargs: dict[str, Any]) -> None:
+    """Makes a call of `generate` return a dict, which reports can be put into.
+
+    Args:
+        kwargs: keyword arguments of `generate`; changed.
+
+    Raises:
+        InputError: the call asks for a tensor.
+    """
+    if kwargs.get("return_dict_in_generate") is False:
+        raise InputError(
+            "return_zoom_reports=True needs a dict output, but return_dict_in_generate=False was passed (pipelines do "
+            "so); call model.generate directly to get reports."
+        )
+    kwargs["return_dict_in_generate"] = True
+
+
 def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Sequence[Any]) -> Tensor | None:
     """The mask that `generate` of transformers will infer from pad tokens, None where it takes every token.
 
     Args:
-        input_ids: (B, N).
+        input_ids: (B, N) ids of the prompts.
         kwargs: keyword arguments of `generate`, without a mask.
-        generation_configs: those in force, the call's before the model's.
+        generation_configs: generation configs in force, the call's before the model's.
     """
     pad, eos = (first_setting(name, kwargs, generation_configs) for name in ("pad_token_id", "eos_token_id"))
     ends = eos.flatten().tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, (list, tuple)) else [eos]
@@ -50,7 +68,7 @@ def infer_mask(input_ids: Tensor, kwargs: dict[str, Any], generation_configs: Se
     return (input_ids != pad).long()
 
 
-def refuse_hidden_images(kwargs: dict[str, Any], source_images: Any) -> None:
+def refuse_hidden_images(kwargs: dict[str, Any], source_images: SourceInput | None) -> None:
     """Checks a call that gives embeddings instead of ids.
 
     Raises:
@@ -140,7 +158,7 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
 
     Args:
         args: positional arguments of `generate` after the generation config.
-        generation_configs: those in force, the call's before the model's.
+        generation_configs: generation configs in force, the call's before the model's.
         kwargs: keyword arguments of `generate`, the cache under the name that transformers gives it.
 
     Raises:

@@ -1,6 +1,5 @@
 """What is checked before and after a checkpoint is loaded: that it is one of ours, whole, and asked for rightly."""
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -10,15 +9,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .configuration_qzoom import QZoomConfig, own_fields
-from .errors_qzoom import CheckpointError
+from .errors_qzoom import CheckpointError, InputError
+from .hub_qzoom import hub_keywords
+from .messages_qzoom import similar
 
 
-_HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "proxies", "force_download")
-
-
-def hub_keywords(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where and how to look."""
-    return {key: kwargs[key] for key in (*_HUB_KEYWORDS, *more) if kwargs.get(key) is not None}
+_LIKENESS = 0.6  # every unknown field is refused, so the guess may be wide
 
 
 def damage_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -27,16 +23,19 @@ def damage_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_zoom_config(fields: dict[str, Any]) -> None:
-    """Checks the names of configuration fields.
+    """Checks the names in the `zoom_config` of a call.
+
+    Args:
+        fields: values by name of the field.
 
     Raises:
-        CheckpointError: a key is no field of `QZoomConfig`.
+        InputError: a key is no field of `QZoomConfig`.
     """
     known = own_fields() - {"vlm_config"}
     for key in sorted(set(fields) - known):
-        close = difflib.get_close_matches(key, known, n=1)
+        close = similar(key, known, _LIKENESS)
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}."
-        raise CheckpointError(f"zoom_config has no field {key!r}{hint}")
+        raise InputError(f"zoom_config has no field {key!r}{hint}")
 
 
 def check_is_qzoom(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | None:
@@ -49,11 +48,11 @@ def check_is_qzoom(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> str 
         CheckpointError: it is something else.
         ImportError: it is an adapter and peft is missing.
     """
-    found, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
-    if not isinstance(found, dict):
+    fields, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
+    if not isinstance(fields, dict):
         raise CheckpointError(f"config.json of {name} holds no JSON object.")
     base = None
-    if not found:
+    if not fields:
         file = find_adapter_config_file(os.fspath(name), **hub_keywords(kwargs, "subfolder"))
         if file is None:
             raise CheckpointError(f"{name} holds no config.json, so it is no checkpoint.")
@@ -68,12 +67,12 @@ def check_is_qzoom(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> str 
                 f"{file} names no base model (base_model_name_or_path), so there is nothing to adapt."
             )
         hub = {key: value for key, value in hub_keywords(kwargs).items() if key != "revision"}
-        found, _ = PreTrainedConfig.get_config_dict(base, **hub)
-    if found.get("model_type") != QZoomConfig.model_type:
+        fields, _ = PreTrainedConfig.get_config_dict(base, **hub)
+    if fields.get("model_type") != QZoomConfig.model_type:
         place = str(name) if base is None else f"{base}, the base of the adapter in {name},"
         raise CheckpointError(
-            f"{place} holds a plain {found.get('model_type')!r} model, not a Q-Zoom checkpoint; attach fresh branches "
-            "with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
+            f"{place} holds a plain {fields.get('model_type')!r} model, not a Q-Zoom checkpoint; attach fresh "
+            "branches with QZoomForConditionalGeneration.from_backbone(name, branch_layer=…)."
         )
     return base
 

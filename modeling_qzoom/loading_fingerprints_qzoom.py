@@ -15,8 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from .errors_qzoom import CheckpointError
 
 
+# where an add-on's weights file keeps it: in the header's metadata, which other readers pass over
 FINGERPRINT = "base_fingerprint"
-"""Where an add-on's weights file keeps it: in the header's metadata, which other readers pass over."""
 _SAMPLED = 8
 _VERSION = 1
 # the same weight has these parts in its name or not, depending on who saved it
@@ -143,9 +143,9 @@ def differing_sizes(made_for: PreTrainedConfig, base: PreTrainedConfig) -> list[
         pairs["vision_config."] = (made_for.vision_config, base.vision_config)
     for part, (expected, given) in pairs.items():
         for name in _SIZES:
-            wanted, found = (getattr(config, name, None) for config in (expected, given))
-            if wanted is not None and found is not None and wanted != found:
-                different.append(f"{part}{name} {found!r} instead of {wanted!r}")
+            size, base_size = (getattr(config, name, None) for config in (expected, given))
+            if size is not None and base_size is not None and size != base_size:
+                different.append(f"{part}{name} {base_size!r} instead of {size!r}")
     return different
 
 
@@ -153,9 +153,9 @@ def check_base(base: str, config: PreTrainedConfig, vlm_config: PreTrainedConfig
     """Compares the sizes of an add-on's base with those that the add-on was made for.
 
     Args:
-        base: its name, for the message.
-        config: its configuration.
-        vlm_config: the add-on's.
+        base: name of the base, for the message.
+        config: configuration of the base.
+        vlm_config: the VLM's configuration that the add-on holds.
 
     Raises:
         CheckpointError: they differ.
@@ -172,7 +172,7 @@ def check_base_weights(base: str, fingerprint: str | None, files: list[str]) -> 
     """Compares the weights of an add-on's base with those that the add-on was made for.
 
     Args:
-        base: its name, for the message.
+        base: name of the base, for the message.
         fingerprint: what the add-on recorded; None in one that is older than this check.
         files: the base's safetensors files.
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
-from .errors_qzoom import CheckpointError
+from .errors_qzoom import UnsupportedError
 
 
 # never quantized: a one-row head, query and key projections whose products are thresholded, and the output embedding
@@ -58,17 +58,18 @@ def protect_from_quantization(quantization_config: Any, names: tuple[str, ...]) 
         method = protected.get("quant_method", "bitsandbytes")
         is_bitsandbytes = str(getattr(method, "value", method)).startswith("bitsandbytes")
         key = _SKIP_LISTS[0] if is_bitsandbytes else _SKIP_LISTS[1]
-        own = protected.get(key) or []
-        protected[key] = list(dict.fromkeys([*_with_vlm_prefix(own), *names]))
+        names_of_caller = protected.get(key) or []
+        protected[key] = list(dict.fromkeys([*_with_vlm_prefix(names_of_caller), *names]))
         return protected
     for key in _SKIP_LISTS:
         if hasattr(protected, key):
-            own = getattr(protected, key) or []
-            setattr(protected, key, list(dict.fromkeys([*_with_vlm_prefix(own), *names])))
+            names_of_caller = getattr(protected, key) or []
+            setattr(protected, key, list(dict.fromkeys([*_with_vlm_prefix(names_of_caller), *names])))
     return protected
 
 
 def is_quantized(parameter: Tensor) -> bool:
+    """Whether a weight is stored in packed whole numbers."""
     return not (parameter.is_floating_point() or parameter.is_complex())
 
 
@@ -123,7 +124,7 @@ def _dequantize(module: nn.Module, parameter: nn.Parameter) -> Tensor:
     restore_storage_format(module)
     dense = dequantize_bnb_weight(parameter, getattr(module, "state", None))
     if is_quantized(dense):
-        raise CheckpointError(
+        raise UnsupportedError(
             f"the weights of {type(module).__name__} are quantized by a method that Q-Zoom cannot undo; load the VLM "
             "in 16 bit or with bitsandbytes."
         )
@@ -134,7 +135,8 @@ def dense_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     """A module's weights by name, dequantized where they are quantized and fetched where they are offloaded.
 
     Args:
-        dtype: of the weights that were quantized; what they dequantize to by default.
+        module: module whose weights are read.
+        dtype: type of the weights that were quantized; by default what they dequantize to.
     """
     state: dict[str, Tensor] = {}
     for name, child in module.named_modules():

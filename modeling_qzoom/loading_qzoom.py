@@ -14,17 +14,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_qzoom import spec_for_model_type
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import CheckpointError
-from .loading_addons_qzoom import has_unmerged_lora, holds_only_branches, load_lora, with_base_files, write_addon
+from .errors_qzoom import CheckpointError, InputError, UnsupportedError
+from .hub_qzoom import hub_keywords
+from .loading_addons_qzoom import holds_only_branches, with_base_files
 from .loading_checks_qzoom import (
     check_is_qzoom,
     check_loading_info,
     check_vlm_complete,
     check_zoom_config,
     damage_keywords,
-    hub_keywords,
 )
 from .loading_fingerprints_qzoom import comparing_weights
+from .loading_lora_qzoom import has_unmerged_lora, load_lora
 from .loading_quantized_qzoom import (
     UNQUANTIZED,
     adopt_placement,
@@ -37,6 +38,7 @@ from .loading_quantized_qzoom import (
     restore_storage_format,
 )
 from .loading_weight_files_qzoom import check_weight_files, damage_named
+from .saving_addons_qzoom import write_addon
 from .saving_qzoom import FULL, check_target, staged
 from .zoom_branches_qzoom import ZoomBranches
 
@@ -66,10 +68,10 @@ def image_statistics(name: str, **hub: Any) -> dict[str, list[float]]:
         hub: where and how to look, as for `from_pretrained`.
     """
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(name, **hub)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **hub)
     except OSError:  # a folder with weights only
         return {}
-    return {key: found[key] for key in ("image_mean", "image_std") if found.get(key)}
+    return {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
 
 
 def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
@@ -126,22 +128,23 @@ class QZoomLoadingMixin(_Base):
             A model in evaluation mode.
 
         Raises:
-            CheckpointError: unsupported VLM, layers beyond its last one, an unknown field in `zoom_config`, or a
-                loaded model with LoRA adapters.
+            CheckpointError: layers beyond the VLM's last one, or weights that are missing or damaged.
+            InputError: an unknown field in `zoom_config`, or arguments of `from_pretrained` beside a loaded model.
+            UnsupportedError: unsupported VLM, or a loaded model with LoRA adapters.
         """
         fields: dict[str, Any] = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
         fields |= zoom_config or {}
         check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
             if kwargs:
-                raise CheckpointError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
+                raise InputError(f"{sorted(kwargs)} apply to a repository or folder, not to a loaded model.")
             return cls._around(vlm, fields)
         name = os.fspath(vlm)
         # the model type first: transformers' own message on one that it does not know would not help
-        found, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
-        if found.get("model_type") == QZoomConfig.model_type:
+        vlm_fields, _ = PreTrainedConfig.get_config_dict(name, **hub_keywords(kwargs, "subfolder"))
+        if vlm_fields.get("model_type") == QZoomConfig.model_type:
             raise CheckpointError(f"{name} is a Q-Zoom checkpoint already; load it with from_pretrained.")
-        spec_for_model_type(found.get("model_type"))
+        spec_for_model_type(vlm_fields.get("model_type"))
         fields = {**image_statistics(name, **hub_keywords(kwargs, "subfolder")), **fields}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = protect_from_quantization(kwargs["quantization_config"], ("lm_head",))
@@ -155,7 +158,7 @@ class QZoomLoadingMixin(_Base):
     @classmethod
     def _around(cls: type[Model], vlm: PreTrainedModel, fields: dict[str, Any]) -> Model:
         if has_unmerged_lora(vlm):
-            raise CheckpointError(
+            raise UnsupportedError(
                 "the VLM carries LoRA adapters, which the branches cannot copy; merge them first (merge_and_unload of "
                 "peft), or attach the branches before the adapters."
             )
@@ -336,12 +339,12 @@ class QZoomLoadingMixin(_Base):
         """Adds an unmerged LoRA adapter to the weights it belongs to and takes it off; nothing to do without one.
 
         Raises:
-            CheckpointError: weights are offloaded, so there is nothing to add to.
+            UnsupportedError: weights are offloaded, so there is nothing to add to.
         """
         if not has_unmerged_lora(self):
             return
         if any(parameter.is_meta for parameter in self.parameters()):
-            raise CheckpointError(
+            raise UnsupportedError(
                 "offloaded weights cannot take a LoRA in; load the model without offloading to merge."
             )
         from peft.tuners.tuners_utils import BaseTunerLayer

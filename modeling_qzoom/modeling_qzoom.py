@@ -13,20 +13,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .backbone_adapters_qzoom import remove_row_adapters
-from .backbone_cache_qzoom import CACHE, given_cache, notes_of, write_notes
+from .backbone_adapters_qzoom import no_adapters_left
+from .backbone_cache_qzoom import CACHE, given_cache, name_cache, notes_of, write_notes
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import InputError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
+from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
 from .loading_qzoom import QZoomLoadingMixin
+from .report_qzoom import ZoomReport
+from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import resolve_options, resolve_reports
 from .zoom_plan_qzoom import plan_zoom
+from .zoom_request_qzoom import ZoomRequest
 
 
 @dataclass(init=False)
@@ -98,30 +101,38 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
     # `base_model_prefix` drives loading; generate and trainers want the headless model
     @property
     def base_model(self) -> nn.Module:
+        """The VLM without its output layer."""
         return self.vlm.base_model
 
     def get_input_embeddings(self) -> nn.Module:
+        """The VLM's embedding of the vocabulary."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the VLM's embedding of the vocabulary."""
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """The VLM's output layer."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the VLM's output layer."""
         self.vlm.set_output_embeddings(value)
 
     def get_decoder(self) -> PreTrainedModel:
+        """The VLM's decoder: layers, final norm and rotary embedding."""
         return self.vlm.get_decoder()
 
     @can_return_tuple
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Encoded images, as the VLM returns them."""
         return self.vlm.get_image_features(*args, return_dict=True, **kwargs)
 
     # a property, so that a model whose VLM knows no videos does not have it either
     @property
     def get_video_features(self) -> Callable[..., Any]:
+        """Encodes videos as the VLM does."""
         encode = self.vlm.get_video_features
 
         @can_return_tuple
@@ -161,7 +172,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         region_targets: Any = None,
         gate_targets: torch.Tensor | None = None,
         query_positions: torch.LongTensor | None = None,
-        source_images: Any = None,
+        source_images: SourceInput | None = None,
         source_boxes: Any = None,
         zoom_boxes: Sequence[Any] | None = None,
         cache: Cache | None = None,
@@ -264,7 +275,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
-        source_images: Any = None,
+        source_images: SourceInput | None = None,
         source_boxes: Any = None,
         zoom: str | None = None,
         effort: str | None = None,
@@ -300,10 +311,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range; image tokens without `source_images`; right-padded rows; or a decoding
-                feature that cannot go with zooming (`zoom="never"` always can).
+            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
-        given = {
+        call_options = {
             "zoom": zoom,
             "effort": effort,
             "gate_threshold": gate_threshold,
@@ -313,49 +324,29 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "crop_max_tokens": crop_max_tokens,
             "position_alignment": position_alignment,
         }
-        try:
-            return self._generate(
-                inputs, generation_config, args, kwargs, given, source_images, source_boxes, return_zoom_reports
-            )
-        except BaseException:
-            remove_row_adapters(self)  # peft leaves them where a call ends in an error, and no later call would run
-            raise
-
-    def _generate(
-        self,
-        inputs: Tensor | None,
-        generation_config: GenerationConfig | None,
-        args: tuple,
-        kwargs: dict[str, Any],
-        given: dict[str, Any],
-        source_images: Any,
-        source_boxes: Any,
-        return_zoom_reports: Any,
-    ) -> Any:
-        """`generate` behind its signature; `given` are the options of the call by name."""
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
-        options = resolve_options(given, configs, self.config, mrope=self.config.backbone.mrope)
-        return_zoom_reports = resolve_reports(return_zoom_reports, configs)
-        if return_zoom_reports:
-            if kwargs.get("return_dict_in_generate") is False:
-                raise InputError(
-                    "return_zoom_reports=True needs a dict output, but return_dict_in_generate=False was passed "
-                    "(pipelines do so); call model.generate directly to get reports."
-                )
-            kwargs["return_dict_in_generate"] = True
-
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        if cache is not None:
-            kwargs[CACHE] = cache
-        request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
-        if request is not None:
-            kwargs[REQUEST] = request
-        outputs = super().generate(inputs, generation_config, *args, **kwargs)
-        if return_zoom_reports:
-            embeds = kwargs.get("inputs_embeds")
-            ids = input_ids if input_ids is not None else outputs.sequences if embeds is None else embeds[:, :0, 0]
-            reports = request.reports if request is not None else plain_reports(self.config, ids, "off")
-            outputs["zoom_reports"] = reports
+        with no_adapters_left(self):
+            options = resolve_options(call_options, configs, self.config, mrope=self.config.backbone.mrope)
+            has_reports = resolve_reports(return_zoom_reports, configs)
+            if has_reports:
+                require_dict_output(kwargs)
+            name_cache(kwargs)
+            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
+            if request is not None:
+                kwargs[REQUEST] = request
+            outputs = super().generate(inputs, generation_config, *args, **kwargs)
+        if has_reports:
+            outputs["zoom_reports"] = self._reports(request, input_ids, kwargs.get("inputs_embeds"), outputs)
         return outputs
+
+    def _reports(
+        self, request: ZoomRequest | None, input_ids: Tensor | None, embeds: Tensor | None, outputs: ModelOutput
+    ) -> list[ZoomReport]:
+        """One report per prompt row of a call that has ended."""
+        if request is not None:
+            return request.reports
+        if input_ids is None:  # embeddings hide what the prompt holds; without any, generate made the prompt itself
+            input_ids = outputs.sequences if embeds is None else embeds[:, :0, 0]
+        return plain_reports(self.config, input_ids, "off")

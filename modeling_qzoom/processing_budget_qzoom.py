@@ -5,7 +5,7 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from .backbones_qzoom import spec_for_model_type
-from .errors_qzoom import InputError
+from .errors_qzoom import InputError, UnsupportedError
 from .processing_keywords_qzoom import option
 from .processing_settings_qzoom import setting
 from .processing_sizes_qzoom import area_size, budget_size, check_budget, configured_size, token_side
@@ -60,7 +60,7 @@ class ProcessorBudgetMixin(ProcessorMixin):
 
     def _refuse_budget_of_fixed_grid(self) -> None:
         if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
-            raise InputError(
+            raise UnsupportedError(
                 f"{self.backbone_model_type} sees every image on one fixed token grid (576 tokens for LLaVA-1.5), so "
                 "min_tokens and max_tokens do not apply to it."
             )
@@ -69,9 +69,9 @@ class ProcessorBudgetMixin(ProcessorMixin):
         self, min_tokens: int | None = None, max_tokens: int | None = None, keywords: dict[str, Any] | None = None
     ) -> dict[str, int] | None:
         """What a call's coarse view is resized to, as the image processor's `size`; None with a fixed token grid."""
-        given = option(keywords or {}, "images_kwargs", "size")
+        size_of_call = option(keywords or {}, "images_kwargs", "size")
         has_budget = min_tokens is not None or max_tokens is not None
-        if given is not None and has_budget:
+        if size_of_call is not None and has_budget:
             raise InputError("size and min_tokens/max_tokens both set the budget of the coarse view: give one.")
         if has_budget:
             self._refuse_budget_of_fixed_grid()
@@ -79,10 +79,10 @@ class ProcessorBudgetMixin(ProcessorMixin):
                 raise InputError("min_tokens and max_tokens would have no effect without do_resize=True.")
         if not spec_for_model_type(self.backbone_model_type).grid.has_budget:
             return None
-        if given is not None:
-            size = area_size(given, self.image_processor, "size")
+        if size_of_call is not None:
+            size = area_size(size_of_call, self.image_processor, "size")
             if size["shortest_edge"] > size["longest_edge"]:
-                raise InputError(f"size: shortest_edge is larger than longest_edge in {given!r}.")
+                raise InputError(f"size: shortest_edge is larger than longest_edge in {size_of_call!r}.")
             return size
         area = token_side(self.image_processor) ** 2
         return budget_size(

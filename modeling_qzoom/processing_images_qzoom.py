@@ -23,7 +23,7 @@ class ImageSlot:
     """One image and where it stands in the request; all counts start at 0.
 
     Attributes:
-        image: as the user gave it.
+        image: image as the user gave it.
         index: among all images of the call.
         row: prompt it belongs to, None where nothing says so.
         position: among the images of its row, None with `row`.
@@ -81,23 +81,23 @@ def match_placeholders(
     """
     if prompts is None:
         return nested
-    wanted = [prompt.count(token) for prompt in prompts]
+    placeholders = [prompt.count(token) for prompt in prompts]
     if nested is not None and len(nested) != len(prompts):
         raise InputError(f"images has {len(nested)} rows, but there are {len(prompts)} prompts.")
-    if nested is not None and nested != wanted:
+    if nested is not None and nested != placeholders:
         wrong = [
-            f"row {row} has {want} image placeholder(s) {token} but {have} image(s)"
-            for row, (want, have) in enumerate(zip(wanted, nested, strict=True))
-            if want != have
+            f"row {row} has {places} image placeholder(s) {token} but {count} image(s)"
+            for row, (places, count) in enumerate(zip(placeholders, nested, strict=True))
+            if places != count
         ]
         raise InputError(f"{'; '.join(wrong)}.")
-    if nested is None and sum(wanted) != num_images:
-        by_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(wanted))
+    if nested is None and sum(placeholders) != num_images:
+        by_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(placeholders))
         raise InputError(
-            f"the prompts have {sum(wanted)} image placeholder(s) {token} ({by_row}), but {num_images} image(s) came "
-            "with them. A chat message holds one {'type': 'image', 'image': ...} per image."
+            f"the prompts have {sum(placeholders)} image placeholder(s) {token} ({by_row}), but {num_images} image(s) "
+            "came with them. A chat message holds one {'type': 'image', 'image': ...} per image."
         )
-    return wanted
+    return placeholders
 
 
 def place_images(images: list[Any], row_counts: list[int] | None) -> list[ImageSlot]:
@@ -281,7 +281,7 @@ def check_views(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any], p
 
     Args:
         sizes: (width, height) of the sources.
-        settings: as of `covered_rectangle`.
+        settings: settings of the image processor, as `covered_rectangle` takes them.
         patch: side of a patch in pixels.
         most: largest accepted width × height of a source, None for no limit.
 
@@ -311,7 +311,7 @@ def covered_rectangle(width: int, height: int, settings: Mapping[str, Any]) -> t
     """The rectangle of source pixels that a fixed token grid covers.
 
     Args:
-        width, height: of the source.
+        width, height: size of the source in pixels.
         settings: the image processor's `do_pad` (to a square, about the centre), `do_resize`, `size`,
             `do_center_crop` and `crop_size`.
 

@@ -1,6 +1,5 @@
 """The keywords of a processor call: which exist, which are for `generate`, what the backbone's processor gets."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .errors_qzoom import InputError
+from .messages_qzoom import similar
 from .zoom_options_qzoom import OPTION_NAMES
 
 
@@ -28,6 +28,7 @@ _AREA_KEYWORDS = frozenset({"min_pixels", "max_pixels"})
 _OF_NEWER_TRANSFORMERS = frozenset({"sanitize_control_tokens"})  # whoever asks for safety must not be passed over
 _SPECIAL_TOKENS = frozenset(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)  # variables of many templates
 _CLOSE = 0.8  # likeness from which on a name counts as a misspelt one
+_GUESS = 0.6  # likeness of the names that are proposed for one that is refused in any case
 
 
 def option(keywords: dict[str, Any], group: str, name: str, default: Any = None) -> Any:
@@ -67,7 +68,7 @@ def _refuse(unknown: set[str], accepted: set[str]) -> None:
         raise InputError("min_pixels and max_pixels are not taken by a call: use min_tokens and max_tokens.")
     names = []
     for name in sorted(unknown):
-        close = difflib.get_close_matches(name.lower(), sorted(accepted), n=2)
+        close = similar(name, accepted, _GUESS, count=2)
         names.append(f"{name!r} (did you mean {' or '.join(close)}?)" if close else repr(name))
     raise InputError(f"QZoomProcessor does not know the keyword {', '.join(names)}.")
 
@@ -76,8 +77,8 @@ def check_keywords(keywords: dict[str, Any], accepted: dict[str, set[str]]) -> N
     """Refuses what no part of the processor would read.
 
     Args:
-        keywords: of a call, flat or in the groups' dictionaries.
-        accepted: from `accepted_keywords`.
+        keywords: keywords of a call, flat or in the groups' dictionaries.
+        accepted: accepted names by group, from `accepted_keywords`.
 
     Raises:
         InputError: an unknown keyword or one of `generate`, or a padding side that is none.
@@ -97,14 +98,14 @@ def check_given_at_loading(names: set[str]) -> None:
     """Refuses misspelt names of our own settings in `from_pretrained`, which drops what it does not know.
 
     Args:
-        names: what was given.
+        names: names of the arguments of `from_pretrained`.
 
     Raises:
         InputError: names what was meant.
     """
     ours = (*OWN_KEYWORDS, "max_source_pixels")
     for name in sorted(names - set(ours)):
-        close = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=_CLOSE)
+        close = similar(name, ours, _CLOSE)
         if close:
             raise InputError(f"QZoomProcessor.from_pretrained does not know {name!r}; did you mean {close[0]}?")
 
@@ -119,7 +120,7 @@ def split_template_keywords(
 
     Args:
         variables: names that the template reads.
-        accepted: from `accepted_keywords`.
+        accepted: accepted names by group, from `accepted_keywords`.
 
     Raises:
         InputError: a keyword of `generate`, or a name close to a keyword of the processor.
@@ -130,11 +131,7 @@ def split_template_keywords(
     template = {name: value for name, value in free.items() if name in variables - GENERATE_KEYWORDS}
     others = set(free) - set(template)
     candidates = known | GENERATE_KEYWORDS | _AREA_KEYWORDS | _OF_NEWER_TRANSFORMERS
-    refused = {
-        name
-        for name in others - _SPECIAL_TOKENS
-        if difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=_CLOSE)
-    }
+    refused = {name for name in others - _SPECIAL_TOKENS if similar(name, candidates, _CLOSE)}
     _refuse(refused, (known | GENERATE_KEYWORDS) - {""})
     dropped = sorted(others)
     if dropped:
@@ -148,8 +145,8 @@ def backbone_keywords(
     """What the backbone's processor is called with: the caller's keywords, and tensors padded on the left by default.
 
     Args:
-        keywords: checked ones.
-        size: of the coarse view, None where the caller or the image processor sets it.
+        keywords: keywords of a call that `check_keywords` let pass.
+        size: size of the coarse view, None where the caller or the image processor sets it.
         saved: settings that the tokenizer was loaded with; they hold where the caller says nothing else.
     """
     groups = {group: dict(keywords.get(group, {})) for group in GROUPS}

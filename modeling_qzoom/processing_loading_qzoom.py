@@ -12,13 +12,13 @@ from transformers.utils import cached_file
 
 from .backbones_qzoom import BACKBONES, spec_for_model_type
 from .errors_qzoom import InputError
+from .hub_qzoom import hub_keywords
 from .processing_keywords_qzoom import OWN_KEYWORDS, check_given_at_loading
 from .processing_sizes_qzoom import check_budget, token_side, uncross
 from .zoom_options_qzoom import python_number
 
 
 _VIDEO_CONFIG_FILE = "video_preprocessor_config.json"
-_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def extra_arguments(processor_class: type[ProcessorMixin]) -> list[str]:
@@ -31,13 +31,12 @@ def _saved_video_config(name: str | os.PathLike[str], **kwargs: Any) -> dict[str
     """The video settings that older repositories keep in a file of their own."""
     if os.path.isfile(name):
         return None
-    hub = {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
     path = cached_file(
         name,
         _VIDEO_CONFIG_FILE,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **hub,
+        **hub_keywords(kwargs, "subfolder"),
     )
     if path is None:
         return None
@@ -101,8 +100,8 @@ class ProcessorLoadingMixin(ProcessorMixin):
         Args:
             processor_or_name: the processor (its parts are shared, not copied), or the folder or Hub name of a plain
                 VLM; the latter works without torchvision.
-            min_tokens, max_tokens, max_source_pixels: as of the class.
-            kwargs: for the `from_pretrained` of the parts (`revision`, `cache_dir`, `token`, ...).
+            min_tokens, max_tokens, max_source_pixels: settings of the processor, as the class takes them.
+            kwargs: arguments of `from_pretrained` for the parts (`revision`, `cache_dir`, `token`, ...).
 
         Raises:
             InputError: not a supported backbone's processor.

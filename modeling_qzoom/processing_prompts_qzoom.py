@@ -13,8 +13,8 @@ def refuse_touching_images(prompts: Sequence[str], processor: ProcessorMixin) ->
     """Refuses images without anything between them, which families with tokens around an image take for one.
 
     Args:
-        prompts: with one placeholder an image.
-        processor: the backbone's; knows the placeholders.
+        prompts: rendered texts with one placeholder an image.
+        processor: the backbone's processor, which knows the placeholders.
 
     Raises:
         InputError: names the row.

@@ -20,7 +20,8 @@ from transformers.utils.chat_template_utils import _get_template_variables
 
 from .backbone_grids_qzoom import NativeGrid
 from .backbones_qzoom import spec_for_model_type
-from .errors_qzoom import InputError
+from .errors_qzoom import InputError, UnsupportedError
+from .messages_qzoom import one_line
 from .processing_budget_qzoom import ProcessorBudgetMixin
 from .processing_images_qzoom import (
     check_views,
@@ -85,8 +86,8 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         video_config: settings of the backbone's video processor; its defaults if None.
 
     Raises:
-        InputError: unknown `backbone_model_type`, a bad budget, a budget for a backbone with a fixed token grid, or an
-            image processor that lacks what the backbone needs.
+        InputError: a bad budget, or an image processor that lacks what the backbone needs.
+        UnsupportedError: unknown `backbone_model_type`, or a budget for a backbone with a fixed token grid.
     """
 
     # ragged lists must not be stacked when an output is converted again
@@ -175,7 +176,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         if video_class is not None:
             return video_class.from_dict(self.video_config or {})
         if self.backbone_model_type not in VIDEO_PROCESSOR_MAPPING_NAMES:
-            raise InputError(f"{self.backbone_model_type} takes no videos.")
+            raise UnsupportedError(f"{self.backbone_model_type} takes no videos.")
         raise ImportError("Videos need torchvision, which is not installed: pip install torchvision. Images do not.")
 
     def __getattr__(self, name: str) -> Any:
@@ -186,6 +187,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what a call may return."""
         has_boxes = not spec_for_model_type(self.backbone_model_type).grid.has_budget
         boxes = ["source_boxes"] if has_boxes else []
         return [*dict.fromkeys(self.backbone_processor.model_input_names), "source_images", *boxes]
@@ -227,10 +229,11 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
         Raises:
             InputError: keywords that are unknown or would have no effect, no or empty prompts, a number of images that
                 does not fit the placeholders, or an image that cannot be used.
+            UnsupportedError: audio, or videos for a backbone that takes none.
             ImportError: videos without torchvision.
         """
         if audio is not None:
-            raise InputError("QZoomProcessor takes no audio.")
+            raise UnsupportedError("QZoomProcessor takes no audio.")
         keywords = {name: value for name, value in kwargs.items() if value is not None or not name.endswith("_kwargs")}
         accepted = self._accepted_keywords()
         check_keywords(keywords, accepted)
@@ -260,7 +263,7 @@ class QZoomProcessor(ProcessorLoadingMixin, ProcessorBudgetMixin):
                 images=sources or None, text=prompts, videos=videos, **backbone_keywords(keywords, size, saved)
             )
         except StrictDataclassError as error:  # keywords of a wrong type
-            raise InputError(f"QZoomProcessor: {' '.join(str(error).split())}") from None
+            raise InputError(f"QZoomProcessor: {one_line(error)}") from None
         refuse_empty_rows(encoded)
         keep = dict.fromkeys([*(encoded.skip_tensor_conversion or ()), "source_images"])
         output = BatchFeature(dict(encoded), skip_tensor_conversion=list(keep))

@@ -15,6 +15,8 @@ from urllib.request import url2pathname
 from huggingface_hub.utils import httpx
 from PIL import Image, UnidentifiedImageError
 
+from .messages_qzoom import shown
+
 
 DOWNLOAD_SECONDS = 60  # for the whole of a download: look-up, redirects, headers and body
 MAX_DOWNLOAD_BYTES = 512 * 2**20
@@ -74,11 +76,6 @@ def _recognise(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def _shorten(text: str) -> str:
-    """A path, an address or a text for a message; a long one keeps its end, where a file's name is."""
-    return repr(text if len(text) <= 80 else f"{text[:37]}...{text[-40:]}")
-
-
 def _explain(name: str, head: bytes, error: Exception) -> str:
     """Why an image that is there cannot be read."""
     if not head:
@@ -94,7 +91,7 @@ def _explain(name: str, head: bytes, error: Exception) -> str:
 def _fetch(client: Any, url: str, answer: "SimpleQueue[BytesIO | Exception]") -> None:
     """Puts the body of a URL, or what went wrong, into `answer`."""
     too_large = UnusableImage(
-        f"cannot be read: {_shorten(url)} holds more than {MAX_DOWNLOAD_BYTES // 2**20} MiB. If you trust it, "
+        f"cannot be read: {shown(url)} holds more than {MAX_DOWNLOAD_BYTES // 2**20} MiB. If you trust it, "
         "download it yourself and pass its path"
     )
     try:
@@ -103,7 +100,7 @@ def _fetch(client: Any, url: str, answer: "SimpleQueue[BytesIO | Exception]") ->
             response.raise_for_status()
             packing = response.headers.get("Content-Encoding", "identity").lower()
             if packing not in ("identity", "gzip", "deflate", ""):
-                raise UnusableImage(f"cannot be read: {_shorten(url)} comes packed ({packing}). Pass it unpacked")
+                raise UnusableImage(f"cannot be read: {shown(url)} comes packed ({packing}). Pass it unpacked")
             if packing in ("identity", "") and int(response.headers.get("Content-Length", 0)) > MAX_DOWNLOAD_BYTES:
                 raise too_large
             body = BytesIO()
@@ -129,13 +126,13 @@ def _download(url: str) -> BytesIO:
             body = answer.get(timeout=DOWNLOAD_SECONDS)
         except Empty:
             raise UnusableImage(
-                f"cannot be read: {_shorten(url)} was not there after {DOWNLOAD_SECONDS} seconds. Download it "
+                f"cannot be read: {shown(url)} was not there after {DOWNLOAD_SECONDS} seconds. Download it "
                 "yourself and pass its path"
             ) from None
     if isinstance(body, UnusableImage):
         raise body
     if isinstance(body, Exception):
-        raise UnusableImage(f"cannot be read: {type(body).__name__}: {body} ({_shorten(url)})") from body
+        raise UnusableImage(f"cannot be read: {type(body).__name__}: {body} ({shown(url)})") from body
     body.seek(0)
     return body
 
@@ -160,7 +157,7 @@ def _decode_text(text: str, max_pixels: int | None) -> tuple[str, bytes]:
     """What to call a data URL or base64 text, and the bytes that it stands for."""
     header, comma, payload = text.partition(",")
     is_url = bool(comma) and header[:5].lower() == "data:"
-    name = f"the data URL {_shorten(text)}" if is_url else f"the base64 text {_shorten(text)} (no file has that path)"
+    name = f"the data URL {shown(text)}" if is_url else f"the base64 text {shown(text)} (no file has that path)"
     payload = payload if is_url else text
     _check_bytes(name, len(payload) * 3 // 4, max_pixels)
     try:
@@ -169,7 +166,7 @@ def _decode_text(text: str, max_pixels: int | None) -> tuple[str, bytes]:
         if is_url and not header.lower().endswith(";base64"):
             return name, unquote_to_bytes(payload)
         raise UnusableImage(
-            f"is neither a URL, nor an existing file, nor base64 text: {_shorten(text)}. Check the path"
+            f"is neither a URL, nor an existing file, nor base64 text: {shown(text)}. Check the path"
         ) from None
 
 
@@ -184,26 +181,26 @@ def _locate(source: str | os.PathLike | bytes | bytearray, max_pixels: int | Non
         raise UnusableImage("is an empty text; expected a path, a URL, a data URL or base64 text")
     scheme = text[:32].split("://", 1)[0].lower() if "://" in text[:32] else ""
     if scheme in ("http", "https"):
-        return _shorten(text), _download(text)
+        return shown(text), _download(text)
     path = _file_of_url(text) if scheme == "file" else text
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # text of any kind may be asked for as a path
         if scheme == "file":
-            raise UnusableImage(f"cannot be read: there is no file {_shorten(path)}. Check the path") from None
+            raise UnusableImage(f"cannot be read: there is no file {shown(path)}. Check the path") from None
         if scheme:
             raise UnusableImage(
-                f"cannot be read: {_shorten(text)} is an address of a kind ({scheme}://) that is not fetched. "
+                f"cannot be read: {shown(text)} is an address of a kind ({scheme}://) that is not fetched. "
                 "Download it yourself and pass its path"
             ) from None
         name, data = _decode_text(text, max_pixels)
         return name, BytesIO(data)
     if stat.S_ISDIR(status.st_mode):
-        raise UnusableImage(f"cannot be read: {_shorten(path)} is a folder. Pass the path of an image in it")
+        raise UnusableImage(f"cannot be read: {shown(path)} is a folder. Pass the path of an image in it")
     if not stat.S_ISREG(status.st_mode):
-        raise UnusableImage(f"cannot be read: {_shorten(path)} is a device or a pipe. Pass the path of a file")
-    _check_bytes(_shorten(path), status.st_size, max_pixels)
-    return _shorten(path), path
+        raise UnusableImage(f"cannot be read: {shown(path)} is a device or a pipe. Pass the path of a file")
+    _check_bytes(shown(path), status.st_size, max_pixels)
+    return shown(path), path
 
 
 def _head_of(data: str | BytesIO) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .errors_qzoom import InputError
-from .zoom_options_qzoom import python_number
+from .zoom_options_qzoom import check_order, check_tokens, python_number
 
 
 Budget = tuple[int | None, int | None]
@@ -26,15 +26,13 @@ def check_budget(min_tokens: int | None, max_tokens: int | None) -> None:
         InputError: a bound is not a positive integer, larger than any backbone's context, or the bounds cross.
     """
     for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens)):
-        if value is not None and not _is_count(value):
-            raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {value!r}.")
+        check_tokens(name, value)
         if value is not None and value > MOST_TOKENS:
             raise InputError(
                 f"{name} = {value} is more than {MOST_TOKENS} tokens, the longest context of any supported backbone; "
                 "an image alone would not fit."
             )
-    if min_tokens is not None and max_tokens is not None and min_tokens > max_tokens:
-        raise InputError(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).")
+    check_order(("min_tokens", "max_tokens"), min_tokens, max_tokens)
 
 
 def token_side(image_processor: BaseImageProcessor) -> int:

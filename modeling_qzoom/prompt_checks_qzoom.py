@@ -10,16 +10,11 @@ from .backbone_grids_qzoom import FixedGrid, TokenGrid
 from .backbones_qzoom import token_grid_of
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import InputError
+from .messages_qzoom import described
 from .prompt_qzoom import ImageSpan, prompt_images
 
 
 _FROM_PROCESSOR = "Pass what QZoomProcessor returned, unchanged."
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def _is_integer(value: Any) -> bool:
@@ -39,7 +34,7 @@ def check_ids(input_ids: Any, vocabulary_size: int | None) -> None:
     if not _is_integer(input_ids) or input_ids.ndim != 2:
         way_out = "; a single prompt needs a first dimension of 1" if getattr(input_ids, "ndim", 0) == 1 else ""
         raise InputError(
-            f"input_ids must be a tensor of whole numbers (batch, tokens), got {_describe(input_ids)}{way_out}. "
+            f"input_ids must be a tensor of whole numbers (batch, tokens), got {described(input_ids)}{way_out}. "
             "A processor makes one with return_tensors='pt'."
         )
     if not input_ids.numel():
@@ -73,7 +68,7 @@ def check_mask(attention_mask: Any, batch: int, lengths: tuple[int, ...]) -> Non
     if shape not in [(batch, length) for length in lengths]:
         raise InputError(
             f"attention_mask must be a tensor (batch, tokens) like input_ids, here ({batch}, {lengths[-1]}), got "
-            f"{_describe(attention_mask)}. {_FROM_PROCESSOR}"
+            f"{described(attention_mask)}. {_FROM_PROCESSOR}"
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise InputError(
@@ -87,7 +82,7 @@ def _check_grids(name: str, grids: Any, merge: int, *, frames: bool) -> None:
     if not _is_integer(grids) or grids.ndim != 2 or grids.shape[1] != 3:
         raise InputError(
             f"{name} must be a tensor of whole numbers (images, 3) with t, h and w in patches, got "
-            f"{_describe(grids)}. {_FROM_PROCESSOR}"
+            f"{described(grids)}. {_FROM_PROCESSOR}"
         )
     for index, (time, height, width) in enumerate(grids.tolist()):
         grid = f"{name}: grid {index} is {time, height, width} in patches"
@@ -103,7 +98,7 @@ def _check_patches(name: str, pixels: Any, grids: Tensor, grid: TokenGrid) -> No
     if shape != (count, width):
         raise InputError(
             f"{name} must be a tensor ({count}, {width}), a row for every patch of the grids, got "
-            f"{_describe(pixels)}. {_FROM_PROCESSOR}"
+            f"{described(pixels)}. {_FROM_PROCESSOR}"
         )
 
 
@@ -122,7 +117,7 @@ def _check_encoded(encoded: Any) -> None:
     if wrong:
         raise InputError(
             "mm_encoder_outputs must be a dict with what get_image_features and get_video_features return, under "
-            f"'image' and 'video'; got {_describe(wrong[0])}."
+            f"'image' and 'video'; got {described(wrong[0])}."
         )
 
 
@@ -140,7 +135,7 @@ def _check_images(vision: dict[str, Any], count: int, grid: TokenGrid) -> None:
         if not isinstance(pixels, Tensor) or tuple(pixels.shape) != expected:
             raise InputError(
                 f"pixel_values must be a tensor {expected}, an image for every {math.prod(grid.token_grid)} image "
-                f"tokens of the prompts, got {_describe(pixels)}. {_FROM_PROCESSOR}"
+                f"tokens of the prompts, got {described(pixels)}. {_FROM_PROCESSOR}"
             )
     elif grids is not None:
         _check_patches("pixel_values", pixels, grids, grid)

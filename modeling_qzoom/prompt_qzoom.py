@@ -163,14 +163,14 @@ class DeepStack:
         self.mask = mask
 
     def select(self, rows: list[int], length: int) -> "DeepStack":
-        """Those of some rows, whose last `length` columns hold all their visual tokens."""
-        chosen = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
-        chosen[rows] = True
-        keep = chosen[:, None].expand_as(self.mask)[self.mask]  # (n,)
+        """The features of some rows, whose last `length` columns hold all their visual tokens."""
+        is_selected = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        is_selected[rows] = True
+        keep = is_selected[:, None].expand_as(self.mask)[self.mask]  # (n,)
         return DeepStack([level[keep.to(level.device)] for level in self.levels], pick(self.mask, rows)[:, -length:])
 
     def add(self, hidden_states: Tensor, layer: int) -> Tensor:
-        """Adds the features that belong behind decoder layer `layer`, if any."""
+        """Adds the features that belong after decoder layer `layer`, if any."""
         if layer >= len(self.levels):
             return hidden_states
         features = self.levels[layer].to(hidden_states.device, hidden_states.dtype)

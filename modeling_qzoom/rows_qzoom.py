@@ -68,11 +68,11 @@ class Positions:
         return self.values[:, row]
 
     def pick(self, rows: Sequence[int]) -> "Positions":
-        """Those of some rows."""
+        """The positions of some rows."""
         return Positions(pick(self.values, rows, 1))
 
     def last(self, length: int) -> "Positions":
-        """Those of the last columns."""
+        """The positions of the last columns."""
         return Positions(self.values[..., -length:])
 
     def repeat(self, times: int) -> "Positions":

@@ -1,11 +1,18 @@
 """The list of source images that the processor returns, and the forms in which it may come back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+
+# one source: a PIL image, or integers (3, H, W), also as nested lists
+SourceImage = Image.Image | Tensor | np.ndarray | list[Any]
+# the sources of a batch: one, a flat list or stack, or one list (or None) per row
+SourceInput = SourceImage | Sequence[SourceImage | Sequence[SourceImage] | None]
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,18 +1,17 @@
 """What `forward` refuses before it computes anything: arguments that the pass in question could not obey."""
 
-import difflib
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .errors_qzoom import InputError
-from .zoom_options_qzoom import OPTION_NAMES
+from .messages_qzoom import similar
+from .zoom_options_qzoom import SETTING_NAMES
 
 
 # the arguments of `forward` that no plain VLM has
 _OWN = ("region_targets", "gate_targets", "query_positions", "source_images", "source_boxes", "zoom_boxes")
-_OF_GENERATE = (*OPTION_NAMES, "effort", "return_zoom_reports")
 _SIMILAR = 0.85  # `gate_target` and `zoom_bboxes` are closer than that to a name of ours, `image_sizes` is not
 _PASS = "a pass with region_targets, gate_targets or fused labels"
 
@@ -34,7 +33,7 @@ def check_names(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if not _asks_for_something(value):
             continue
-        close = difflib.get_close_matches(name, (*_OWN, *_OF_GENERATE), n=1, cutoff=_SIMILAR)
+        close = similar(name, (*_OWN, *SETTING_NAMES), _SIMILAR)
         if close and close[0] in _OWN:
             raise InputError(f"forward has no argument {name!r}; is it a misspelt {close[0]!r}?")
         if close:

@@ -1,4 +1,4 @@
-"""Training passes behind `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
+"""Training passes of `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone_layers_qzoom import causal_mask, rotary, run_layers
-from .errors_qzoom import CropError, InputError
+from .errors_qzoom import CropError, InputError, UnsupportedError
 from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
 from .rows_qzoom import Positions, pad_left
+from .source_images_qzoom import SourceInput
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
 from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
@@ -94,8 +95,9 @@ def region_loss(logits: list[list[Tensor]], targets: list[list[Tensor]]) -> Tens
     """BCE over the labelled cells of all rows, images and queries (paper III-C; cells labelled -100 do not count).
 
     Args:
-        logits: per row and image, (Q, h, w).
-        targets: likewise, in {1, 0, -100}; of another grid than the logits if labels were made at another budget.
+        logits: region logits per row and image, (Q, h, w).
+        targets: labels per row and image, in {1, 0, -100}; of another grid than the logits if they were made at
+            another budget.
     """
     flat_logits, flat_targets = [], []
     for row_logits, row_targets in zip(logits, targets):
@@ -130,7 +132,7 @@ def branch_pass(
     result: dict[str, Any] = {}
     if gate_targets is not None:
         if model.zoom.gate is None:
-            raise InputError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+            raise UnsupportedError("gate_targets were given, but this model has no gate (config.has_gate is False).")
         gate_targets = _as_numbers(gate_targets)
         if gate_targets.shape != input_ids.shape[:1]:
             raise InputError(
@@ -138,8 +140,8 @@ def branch_pass(
             )
         logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
         result["gate_logits"] = logits
-        asked = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
-        result["gate_loss"] = masked_bce(logits, asked)
+        answered = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
+        result["gate_loss"] = masked_bce(logits, answered)
     if region_targets is not None:
         if len(region_targets) != len(input_ids):
             raise InputError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
@@ -270,8 +272,8 @@ def _fused_labels(labels: Tensor, rows: list[FusedRow], length: int) -> Tensor:
     fused = labels.new_full((len(rows), length), IGNORED)
     for row in rows:
         inserted = labels.new_full((row.block,), IGNORED)
-        own = labels[row.row]
-        fused[row.row, length - row.length :] = torch.cat([own[row.prefix], inserted, own[row.suffix]])
+        prompt = labels[row.row]
+        fused[row.row, length - row.length :] = torch.cat([prompt[row.prefix], inserted, prompt[row.suffix]])
     return fused
 
 
@@ -281,7 +283,7 @@ def fused_language_pass(
     attention_mask: Tensor | None,
     vision: dict[str, Any],
     labels: Tensor,
-    source_images: Any,
+    source_images: SourceInput | None,
     source_boxes: Any,
     zoom_boxes: Sequence[Any] | None,
     num_items_in_batch: Tensor | int | None = None,

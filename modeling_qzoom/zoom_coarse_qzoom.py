@@ -28,11 +28,11 @@ class CoarseView:
 
     Attributes:
         input_ids, valid: (B, N); `valid` is 0 on padding and on tokens that a prompt's own mask hides.
-        positions: of all tokens.
+        positions: positions of all tokens.
         position_embeddings: cos and sin, each (B, N, head_dim).
         mask: the causal mask of the pass.
         embeds: (B, N, D) inputs of layer 0.
-        deepstack: what the first layers add to them.
+        deepstack: features that the first layers add to the embeddings.
         hidden: (B, N, D) inputs of layer K; of layer 0 before the pass.
         cache: receives keys and values of the layers that run; None in training passes.
     """

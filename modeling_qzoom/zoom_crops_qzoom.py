@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backbone_grids_qzoom import PatchGrid, Size, TokenGrid
 from .backbones_qzoom import token_grid_of
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import CropError, InputError
+from .errors_qzoom import CropError, InputError, UnsupportedError
 from .prompt_qzoom import VisualFeatures, encode_images
 from .zoom_options_qzoom import ZoomOptions
 from .zoom_regions_qzoom import Box
@@ -24,7 +24,7 @@ class CropRecipe:
     Attributes:
         grid: the family's token grid.
         min_tokens, max_tokens: budget in merged visual tokens; without effect on a fixed grid.
-        mean, std: per channel, in [0, 1] units.
+        mean, std: statistics of the pixel values per channel, in [0, 1] units.
     """
 
     grid: TokenGrid
@@ -119,12 +119,13 @@ def crop_recipe(config: QZoomConfig, options: ZoomOptions) -> CropRecipe:
     """How this model's crops are made.
 
     Raises:
-        InputError: the budget is unknown, or given to a family whose crops have one size.
+        InputError: the budget is unknown.
+        UnsupportedError: a budget is given to a family whose crops have one size.
     """
     grid = token_grid_of(config.vlm_config)
     if not grid.has_budget:
         if options.crop_min_tokens is not None or options.crop_max_tokens is not None:
-            raise InputError(
+            raise UnsupportedError(
                 "crop_min_tokens and crop_max_tokens do not apply: crops of this backbone always have "
                 f"{math.prod(grid.crop_tokens((1, 1)))} tokens."
             )

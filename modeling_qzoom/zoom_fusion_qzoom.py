@@ -60,10 +60,12 @@ class FusedRow:
 
     @property
     def length(self) -> int:
+        """Number of tokens in the fused sequence."""
         return len(self.prefix) + self.block + len(self.suffix)
 
     @property
     def has_markers(self) -> bool:
+        """Whether marker tokens stand around the crop."""
         return self.block > self.crop
 
 

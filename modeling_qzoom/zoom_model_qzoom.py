@@ -1,5 +1,6 @@
 """What the zooming path needs of a model."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import nn
@@ -14,7 +15,7 @@ class ZoomModel(Protocol):
     """A VLM with zoom branches, such as `QZoomForConditionalGeneration`.
 
     Attributes:
-        config: its configuration.
+        config: configuration of the whole model.
         vlm: the wrapped VLM, an unchanged class of transformers.
         zoom: the branches.
         generation_config: defaults of `generate`.
@@ -30,3 +31,9 @@ class ZoomModel(Protocol):
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer, (…, D) → (…, vocabulary)."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model and all that it is made of."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The same with their names."""

@@ -1,16 +1,16 @@
 """The zoom options of one call: their names, their validation and the order in which their sources win."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import SequenceMatcher
 from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .errors_qzoom import InputError
+from .errors_qzoom import InputError, UnsupportedError
+from .messages_qzoom import close_miss, shown
 
 
 ZOOM_MODES = ("auto", "always", "never")
@@ -36,9 +36,6 @@ OPTION_NAMES = tuple(field.name for field in fields(ZoomOptions))
 # every name that a generation config may carry for us
 SETTING_NAMES = (*OPTION_NAMES, "effort", "return_zoom_reports")
 
-_LONGEST_VALUE = 80  # characters of a refused value that a message quotes
-_CLOSE_MISS = 0.85  # share of equal characters; "max_tokens" and "crop_max_tokens" share 0.82
-
 
 def python_number(value: Any) -> Any:
     """A number of any library (`np.float32`, `np.int64`, ...) as int or float; anything else as it is."""
@@ -50,18 +47,9 @@ def python_number(value: Any) -> Any:
         return math.inf
 
 
-def _shown(value: Any) -> str:
-    """A refused value for a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no number of more than 4300 digits
-        return f"a number of more than {_LONGEST_VALUE} digits"
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
-
-
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} must be one of {list(choices)}, got {_shown(value)}.")
+        raise InputError(f"{name} must be one of {list(choices)}, got {shown(value)}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -74,12 +62,35 @@ def _is_finite(value: Any) -> bool:
 def _check_number(name: str, value: Any, low: float, meaning: str) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not _is_finite(value) or value < low:
-        raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {_shown(value)}.")
+        raise InputError(f"{name} must be a finite number ≥ {low:g} ({meaning}), got {shown(value)}.")
 
 
-def _check_tokens(name: str, value: Any) -> None:
+def check_tokens(name: str, value: Any) -> None:
+    """Checks a bound of a budget in merged visual tokens.
+
+    Args:
+        name: name of the bound, for the message.
+        value: the bound; None leaves it open.
+
+    Raises:
+        InputError: no positive whole number.
+    """
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-        raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {_shown(value)}.")
+        raise InputError(f"{name} must be a positive number of merged visual tokens or None, got {shown(value)}.")
+
+
+def check_order(names: tuple[str, str], low: int | None, high: int | None) -> None:
+    """Checks that the bounds of a budget do not cross.
+
+    Args:
+        names: names of the lower and the upper bound, for the message.
+        low, high: the bounds; None leaves one open.
+
+    Raises:
+        InputError: the lower bound is larger.
+    """
+    if low is not None and high is not None and low > high:
+        raise InputError(f"{names[0]} ({low}) is larger than {names[1]} ({high}).")
 
 
 def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
@@ -96,30 +107,9 @@ def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
         value = getattr(options, name)
         if value is not None and positions is not None and value > positions:
             raise InputError(
-                f"{name} is {_shown(value)}, but this model's sequences hold at most {positions} tokens "
+                f"{name} is {shown(value)}, but this model's sequences hold at most {positions} tokens "
                 "(max_position_embeddings), the prompt and the answer included. Set a smaller budget."
             )
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
-
-
-def close_miss(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that a name was probably meant to be; None for a name of somebody else's.
-
-    Caught are other spellings, one or two wrong or swapped letters, and names that are cut short or go on.
-    """
-    given = _plain(name)
-    for option in known:
-        meant = _plain(option)
-        begins = min(len(name.split("_")), len(option.split("_"))) > 1 and (
-            f"{option}_".startswith(f"{name.lower()}_") or f"{name.lower()}_".startswith(f"{option}_")
-        )
-        swapped = sorted(given) == sorted(meant)
-        if swapped or begins or SequenceMatcher(None, given, meant).ratio() >= _CLOSE_MISS:
-            return option
-    return None
 
 
 def check_generation_config(entry: Any) -> None:
@@ -144,41 +134,40 @@ def check_generation_config(entry: Any) -> None:
             raise InputError(f"the generation config sets {name!r}, which is no option of Q-Zoom; {hint}")
 
 
-def resolve_reports(given: Any, generation_configs: Sequence[GenerationConfig]) -> bool:
+def resolve_reports(of_call: bool | None, generation_configs: Sequence[GenerationConfig]) -> bool:
     """Whether a call returns reports: as it says itself, else as the generation configs do.
 
     Raises:
         InputError: neither True nor False.
     """
-    settings = (given, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
+    settings = (of_call, *(getattr(entry, "return_zoom_reports", None) for entry in generation_configs))
     for value in settings:
         if value is not None and not isinstance(value, bool):
-            raise InputError(f"return_zoom_reports must be True or False, got {_shown(value)}.")
+            raise InputError(f"return_zoom_reports must be True or False, got {shown(value)}.")
     return next((value for value in settings if value is not None), False)
 
 
 def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
-    """Checks ranges and combinations.
+    """Checks ranges and combinations of resolved options.
 
     Args:
         mrope: whether the backbone has fractional (M-RoPE) positions.
 
     Raises:
-        InputError: a sentence per misuse.
+        InputError: a value is out of range, or two do not fit each other; names the option.
+        UnsupportedError: continuous positions for a backbone without M-RoPE.
     """
     _check_choice("zoom", options.zoom, ZOOM_MODES)
     _check_choice("region_threshold_mode", options.region_threshold_mode, THRESHOLD_MODES)
     _check_number("gate_threshold", options.gate_threshold, 0.0, "0 always zooms, above 1 never")
     _check_number("region_threshold", options.region_threshold, 0.0, "a heat-map value, or a share of the peak")
     for name in CROP_BOUNDS:
-        _check_tokens(name, getattr(options, name))
-    low, high = options.crop_min_tokens, options.crop_max_tokens
-    if low is not None and high is not None and low > high:
-        raise InputError(f"crop_min_tokens ({low}) is larger than crop_max_tokens ({high}).")
+        check_tokens(name, getattr(options, name))
+    check_order(CROP_BOUNDS, options.crop_min_tokens, options.crop_max_tokens)
     if options.position_alignment is not None:
         _check_choice("position_alignment", options.position_alignment, ALIGNMENTS)
         if options.position_alignment == "continuous" and not mrope:
-            raise InputError(
+            raise UnsupportedError(
                 "position_alignment='continuous' needs fractional (M-RoPE) positions, which this backbone does not "
                 "have; leave the option out or pass 'sequential'."
             )
@@ -219,7 +208,7 @@ def find_preset(effort: Any, presets: dict[str, dict[str, Any]]) -> dict[str, An
         return {}
     if not isinstance(effort, str) or effort not in presets:
         known = sorted(presets) or "none; set thresholds and budgets one by one"
-        raise InputError(f"effort={_shown(effort)} is not a preset of this checkpoint (presets: {known}).")
+        raise InputError(f"effort={shown(effort)} is not a preset of this checkpoint (presets: {known}).")
     return presets[effort]
 
 
@@ -234,7 +223,7 @@ def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> Non
     if not all(name in resolved for name in CROP_BOUNDS):
         return
     for name in CROP_BOUNDS:  # a bad bound must not move the other
-        _check_tokens(name, resolved[name])
+        check_tokens(name, resolved[name])
     low, high = CROP_BOUNDS
     if resolved[low] > resolved[high] and ranks[low] != ranks[high]:
         strong, weak = sorted(CROP_BOUNDS, key=ranks.__getitem__)
@@ -244,7 +233,7 @@ def _uncross_crop_bounds(resolved: dict[str, Any], ranks: dict[str, int]) -> Non
 def resolve_options(
     call: dict[str, Any], generation_configs: Sequence[GenerationConfig], config: PreTrainedConfig, *, mrope: bool
 ) -> ZoomOptions:
-    """Call > generation configs > model config.
+    """The options of one call: its own win over those of the generation configs, and these over the model config's.
 
     In the call and in a generation config, an explicit option wins over the `effort` preset beside it. The model
     config always holds a value for every option, so there the preset, where one is named, wins over the values.
@@ -252,7 +241,8 @@ def resolve_options(
 
     Args:
         call: options of the call by name (`effort` included), None where not given.
-        generation_configs: those in force, the call's before the model's; their attributes may carry options.
+        generation_configs: generation configs in force, the call's before the model's; their
+            attributes may carry options.
         config: the model's `QZoomConfig`.
 
     Raises:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import refuse_learned_prompt, row_adapters
 from .backbone_cache_qzoom import CACHE, refuse_zoomed_cache
@@ -16,29 +15,39 @@ from .generation_refusals_qzoom import (
     refuse_unsupported,
 )
 from .prompt_checks_qzoom import check_ids, check_mask, check_prompt
+from .source_images_qzoom import SourceInput
 from .zoom_crops_qzoom import crop_recipe
+from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
 
 
 def plan_zoom(
-    model: PreTrainedModel,
+    model: ZoomModel,
     options: ZoomOptions,
     input_ids: Any,
-    source_images: Any,
+    source_images: SourceInput | None,
     source_boxes: Any,
     args: tuple,
     configs: Sequence[GenerationConfig],
     kwargs: dict[str, Any],
 ) -> ZoomRequest | None:
-    """Checks the inputs of `generate`.
+    """Checks the inputs of `generate`, before anything runs.
 
     Args:
-        input_ids: what was given as ids, None for nothing.
-        args, configs, kwargs: the other arguments of `generate`, and the generation configs in force.
+        model: model that generates.
+        options: resolved options of the call.
+        input_ids: (B, N) ids, None where the call has none.
+        source_images, source_boxes: images in their own resolution, and the rectangles under their grids.
+        args, kwargs: the other arguments of `generate`.
+        configs: generation configs in force, the call's before the model's.
 
     Returns:
         What the zooming prefill needs; None where the plain model answers.
+
+    Raises:
+        InputError: inputs that do not fit each other, or no sources for the images of a prompt.
+        UnsupportedError: a decoding feature that cannot go with zooming.
     """
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     refuse_zoomed_cache(cache)

@@ -24,7 +24,7 @@ class Prefill:
     Attributes:
         last_hidden: (B, D) state of each row's last token, before the final norm.
         mask: (B, M) of the rows' sequences, crops included; None where no row zoomed.
-        positions: of the same tokens; None where no row zoomed.
+        positions: positions of the same tokens; None where no row zoomed.
     """
 
     last_hidden: Tensor
@@ -37,10 +37,10 @@ class _Part:
     """Some rows after all decoder layers.
 
     Attributes:
-        rows: their indices in the batch.
+        rows: indices of the rows in the batch.
         last_hidden: (b, D) state of the last token, before the final norm.
         cache: keys and values of all layers.
-        positions: of all tokens, float32.
+        positions: positions of all tokens, float32.
         mask: (b, n) long, 0 on padding and on tokens that a prompt's own mask hides.
     """
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .backbone_adapters_qzoom import RowAdapters
 from .errors_qzoom import InputError
+from .messages_qzoom import shown
 from .processing_images_qzoom import ImageSlot, load_rgb, source_tensor
 from .prompt_qzoom import ImageSpan, VisualFeatures
 from .report_qzoom import ZoomReport
-from .source_images_qzoom import as_uint8, unpack_images
+from .source_images_qzoom import SourceInput, as_uint8, unpack_images
 from .zoom_options_qzoom import ZoomOptions
 from .zoom_regions_qzoom import Rectangle
 
@@ -112,7 +113,7 @@ def _check_orientation(source: Tensor, place: str, grid: tuple[int, int]) -> Non
         )
 
 
-def collect_sources(source_images: Any, spans: list[list[ImageSpan]]) -> list[Tensor]:
+def collect_sources(source_images: SourceInput | None, spans: list[list[ImageSpan]]) -> list[Tensor]:
     """Flattens and checks the source images of a batch.
 
     Args:
@@ -171,7 +172,7 @@ def _flat_numbers(nested: Any) -> list[float]:
         return []
     if not isinstance(nested, Real) or isinstance(nested, bool) or not math.isfinite(nested):
         raise InputError(
-            f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {str(nested)[:80]!r}. Pass what "
+            f"source_boxes must hold finite numbers (x0, y0, x1, y1), it holds {shown(str(nested))}. Pass what "
             "QZoomProcessor returned."
         )
     return [float(nested)]

@@ -35,7 +35,7 @@ class _Chunk:
 
 
 def _lengths(rows: list[FusedRow]) -> tuple[list[int], list[int]]:
-    """Of every row's prefix and of its chunk."""
+    """Lengths of every row's prefix and of its chunk."""
     prefixes = [len(row.prefix) for row in rows]
     return prefixes, [row.length - prefix for row, prefix in zip(rows, prefixes)]
 
@@ -95,8 +95,8 @@ def _close_holes(
     _, chunks = _lengths(rows)
     hidden = pad_left(
         [
-            torch.cat([view.hidden[row.row, row.prefix], states[len(states) - own :]])
-            for row, states, own in zip(rows, chunk.hidden, chunks)
+            torch.cat([view.hidden[row.row, row.prefix], states[len(states) - count :]])
+            for row, states, count in zip(rows, chunk.hidden, chunks)
         ],
         length,
     )

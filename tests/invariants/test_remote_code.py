@@ -53,9 +53,6 @@ def _auto_map(folder: Path, name: str = "config.json") -> dict[str, str]:
     return json.loads((folder / name).read_text())["auto_map"]
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
-
-
 def test_saving_writes_every_reference_and_file(tmp_path):
     attach(tiny_vlm("qwen2_5_vl"), "qwen2_5_vl").save_pretrained(tmp_path)
     assert _auto_map(tmp_path) == AUTO_MAPS["config.json"]
@@ -69,9 +66,6 @@ def test_saving_writes_every_reference_and_file(tmp_path):
 def test_published_code_is_all_of_the_flat_package():
     flat = {path.name for path in Path(modeling_qzoom.__file__).parent.glob("*_qzoom.py")}
     assert {path.name for path in published_files()} == flat
-
-
-# --- build -----------------------------------------------------------------------------------------------------------
 
 
 def test_build_adds_code_and_references_only(tmp_path):
@@ -165,9 +159,6 @@ def test_build_command_needs_the_standard_library_only(tmp_path):
     assert done.returncode == 1 and "is not empty" in done.stderr
 
 
-# --- loading without the package -------------------------------------------------------------------------------------
-
-
 def test_every_door_gives_the_same_answer(probed):
     """Also after saving and loading once more, there."""
     answers = probed["answers"]
@@ -245,9 +236,6 @@ def test_arguments_through_auto_classes(built, tmp_path):
         QZoomForConditionalGeneration.from_pretrained(tmp_path / "addon").vlm,
         QZoomForConditionalGeneration.from_pretrained(built).vlm,
     )
-
-
-# --- clean environments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -35,9 +35,6 @@ def qwen(tmp_path):
     return attach(plain_folder("qwen2_5_vl", tmp_path / "base"), "qwen2_5_vl")
 
 
-# --- branches --------------------------------------------------------------------------------------------------------
-
-
 def test_addon_holds_the_branches_only(saved):
     _, model, folder = saved
     assert weight_names(folder) == {name for name in model.state_dict() if name.startswith("zoom.")}
@@ -161,9 +158,6 @@ def test_refused_after_full_fine_tuning(qwen, tmp_path, name):
 def test_reduced_precision_is_no_fine_tuning(qwen, tmp_path):
     qwen.to(torch.bfloat16).save_addon(tmp_path / "addon")
     assert weights_equal(qwen, load(tmp_path / "addon", dtype=torch.bfloat16))
-
-
-# --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 def _lora(**kwargs) -> peft.LoraConfig:
@@ -334,8 +328,8 @@ def test_lora_folder_of_an_earlier_save_is_ignored(qwen, tmp_path):
 def test_lora_needs_peft(qwen, tmp_path, monkeypatch):
     qwen.add_adapter(_lora())
     qwen.save_addon(tmp_path / "addon")
-    addons = sys.modules["modeling_qzoom.loading_addons_qzoom"]
-    monkeypatch.setattr(addons, "is_peft_available", lambda: False)
+    module = sys.modules["modeling_qzoom.loading_lora_qzoom"]
+    monkeypatch.setattr(module, "is_peft_available", lambda: False)
     with pytest.raises(ImportError, match="pip install peft"):
         load(tmp_path / "addon")
 

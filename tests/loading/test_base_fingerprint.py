@@ -31,9 +31,6 @@ def qwen(tmp_path):
     return tmp_path / "base", tmp_path / "addon"
 
 
-# --- the same base ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_in_another_type_are_the_same_base(saved, dtype, tmp_path):
     family, base, addon = saved
@@ -86,9 +83,6 @@ def test_record_of_a_later_version_is_passed_over(qwen):
         else:
             with pytest.raises(ValueError, match=message):
                 load(addon)
-
-
-# --- another base ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -241,9 +241,6 @@ def test_a_foreign_configuration_is_not_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-# --- what others look for in it --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_where_a_plain_vlm_has_them(family, tmp_path):
     """Trainers and adapters read `config.text_config`, or the same name in its dict form."""

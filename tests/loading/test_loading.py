@@ -44,9 +44,6 @@ def qwen(tmp_path_factory):
     return base, folder / "full"
 
 
-# --- from_backbone ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["object", "hub", "flat"])
 def test_branches_are_copies_of_the_layers_above_k(family, layout, tmp_path):
@@ -136,9 +133,6 @@ def test_from_backbone_refuses_an_incomplete_base(tmp_path):
     edit_weights(base, drop="model.layers.5.")
     with pytest.raises(ValueError, match="lacks 12 weights of the VLM"):
         attach(base, "qwen2_5_vl")
-
-
-# --- full checkpoints ------------------------------------------------------------------------------------------------
 
 
 def test_full_reload_is_equal(saved):
@@ -232,16 +226,13 @@ def test_plain_folder_points_to_from_backbone(qwen):
 
 def test_nothing_needs_accelerate(saved, tmp_path, monkeypatch):
     family, base, model, _ = saved
-    for name in ("loading_quantized_qzoom", "loading_addons_qzoom"):
+    for name in ("loading_quantized_qzoom", "saving_addons_qzoom"):
         monkeypatch.setattr(sys.modules[f"modeling_qzoom.{name}"], "is_accelerate_available", lambda: False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     attached = attach(base, family)
     assert weights_equal(attached, model)
     attached.save_addon(tmp_path)
     assert weights_equal(load(tmp_path), model)
-
-
-# --- dtype, attention, devices ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -294,9 +285,6 @@ def test_backbone_offloaded_before_the_branches_were_attached(saved, tmp_path):
     family, base, model, _ = saved
     vlm = AutoModelForImageTextToText.from_pretrained(base, device_map={"": "disk"}, offload_folder=tmp_path)
     assert answer(attach(vlm, family), family).difference(answer(model, family)) < CLOSE
-
-
-# --- gradient checkpointing ------------------------------------------------------------------------------------------
 
 
 def _gradients(model, family: str, mode: str) -> dict[str, torch.Tensor]:

@@ -36,9 +36,6 @@ def save(model, kind: str, folder) -> None:
     model.save_addon(folder) if kind == "addon" else model.save_pretrained(folder)
 
 
-# --- the folder of the base ------------------------------------------------------------------------------------------
-
-
 def by_link(base: Path) -> Path:
     link = base.parent / "link"
     link.symlink_to(base, target_is_directory=True)
@@ -93,9 +90,6 @@ def test_weights_that_are_links_to_the_base_are_replaced_not_written_through(kin
         save(changed, kind, folder)
         assert weights_equal(load(folder), changed)
     assert contents(old) == before
-
-
-# --- other folders ---------------------------------------------------------------------------------------------------
 
 
 def foreign_model(folder, sources):
@@ -177,9 +171,6 @@ def test_files_that_belong_beside_a_model_stay(sources, tmp_path):
         save(sources[0], kind, folder)
         assert (folder / "tokenizer.json").read_text() == "tokenizer.json"
         assert weights_equal(load(folder), sources[0])
-
-
-# --- once more into the same folder ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["addon", "full"])

@@ -35,9 +35,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-# --- at loading
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -89,9 +86,6 @@ def test_misspelt_settings_at_loading(folder, name):
         QZoomProcessor.from_backbone(str(folder), **{name: 9})
 
 
-# --- attributes
-
-
 def test_a_size_set_later_wins():
     for size in (areas(4, 9), SizeDict(**areas(4, 9))):
         processor = qwen_processor(min_tokens=16, max_tokens=100)
@@ -138,9 +132,6 @@ def test_a_shared_image_processor_follows_whoever_spoke_last():
     assert bounds(first) == bounds(second) == (4, 64)
 
 
-# --- beyond reason
-
-
 MOST = 2**18
 
 
@@ -170,9 +161,6 @@ def test_sizes_that_no_context_holds():
     with pytest.raises(ValueError, match=r"^crop_size must be a side .* from 1 to 7168"):
         llava = llava_processor()
         llava(images=[SMALL], text=llava.image_token, crop_size=10**6)
-
-
-# --- sizes that are none
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,6 @@ def run(processor, *images, **keywords):
     return processor(images=list(images), text=[processor.image_token] * len(images), **keywords)
 
 
-# --- which side rows are padded on
-
-
 @families
 def test_rows_are_padded_where_the_call_says(family):
     processor = PROCESSORS[family]()
@@ -65,9 +62,6 @@ def test_training_takes_rows_padded_on_the_right_and_generation_does_not(family)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     with pytest.raises(ValueError, match=r"rows \[0\] are padded on the right"):
         model.generate(**inputs, max_new_tokens=1)
-
-
-# --- what would have no effect
 
 
 @qwens
@@ -120,9 +114,6 @@ def test_settings_that_say_what_is_done_anyway():
             given = run(processor, **keywords)
             assert torch.equal(given["pixel_values"], expected["pixel_values"])
     run(qwen_processor(), patch_size=14, merge_size=2, do_center_crop=False)
-
-
-# --- what the crop would not share
 
 
 @families
@@ -204,9 +195,6 @@ def test_fixed_grids_refuse_images_that_no_memory_holds():
             run(processor, noise(9, 9), np.zeros((1, 900_000, 3), np.uint8))
 
 
-# --- defaults saved with the tokenizer
-
-
 def with_saved_defaults(folder, **defaults) -> QZoomProcessor:
     llava_tokenizer().save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **defaults)
@@ -248,8 +236,6 @@ def test_image_settings_beside_the_tokenizer_do_not_come_back(tmp_path):
     processor.image_processor.do_resize = True
     assert run(processor, noise(57, 85))["image_grid_thw"].tolist() == [[1, 6, 4]]
 
-
-# --- variables of a chat template
 
 GREETING = "{{ greeting }}{% if enable_thinking %}<think>{% endif %}{{ messages[0]['content'][0]['text'] }}"
 
@@ -307,9 +293,6 @@ def test_misspelt_keywords_beside_a_chat(name, meant):
         with pytest.raises(ValueError, match=rf"'{name}'|use min_tokens") as caught:
             qwen_processor().apply_chat_template(chat("hi"), **{name: 3}, **options)
         assert meant in str(caught.value) or meant == "max_pixels"
-
-
-# --- prompts
 
 
 @families

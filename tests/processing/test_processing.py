@@ -33,9 +33,6 @@ def token_counts(processor, inputs) -> list[int]:
     return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
 
 
-# --- what comes out
-
-
 @families
 def test_batch_of_chats(family):
     processor = PROCESSORS[family]()
@@ -161,9 +158,6 @@ def test_assistant_masks_survive_ragged_sources():
     assert len(inputs["source_images"]) == 2
 
 
-# --- the budget of the coarse view
-
-
 @pytest.mark.parametrize(("build", "side"), [(qwen_processor, 28), (qwen3_processor, 32)])
 def test_budget_in_tokens(build, side):
     image = noise(10 * side, 10 * side)
@@ -230,9 +224,6 @@ def test_llava_has_no_budget():
         llava_processor()(text="hi", min_tokens=4)
 
 
-# --- rectangles under LLaVA's grid
-
-
 def llava_boxes(image_processor, *images, **kwargs) -> list[list[int]]:
     processor = llava_processor(image_processor)
     boxes = processor(images=list(images), text=processor.image_token * len(images), **kwargs)["source_boxes"]
@@ -271,9 +262,6 @@ def test_llava_box_is_where_the_pixels_are(do_pad):
     rows, columns = torch.nonzero(lit, as_tuple=True)
     assert x0 + (columns.min() + columns.max() + 1) / 2 * (x1 - x0) / 56 == pytest.approx(104, abs=3)
     assert y0 + (rows.min() + rows.max() + 1) / 2 * (y1 - y0) / 56 == pytest.approx(40, abs=3)
-
-
-# --- keywords
 
 
 @families

@@ -114,9 +114,6 @@ def address() -> Iterator[str]:
     server.server_close()
 
 
-# --- ways to name an image
-
-
 @pytest.mark.parametrize("path", ["image.png", "moved", "packed"])
 def test_addresses(address, path):
     assert_is_picture(f"{address}/{path}")
@@ -139,9 +136,6 @@ def test_data_addresses():
     assert_is_picture(f"DATA:application/octet-stream;base64,{text}")
     with pytest.raises(ValueError, match="the data URL .data:image/svg.*is an SVG drawing. Render it"):
         load("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'/%3E")
-
-
-# --- bounds
 
 
 @pytest.mark.parametrize(
@@ -217,9 +211,6 @@ def test_more_bytes_than_an_image_can_have(kind, tmp_path):
     ) as caught:
         load(given, 1000)
     assert len(str(caught.value)) < 500
-
-
-# --- what an error says
 
 
 CONTENTS = {

@@ -50,9 +50,6 @@ def settings(processor) -> dict:
     return {name: getattr(processor, name) for name in SETTINGS}
 
 
-# --- saving and loading
-
-
 @families
 def test_round_trip(family, tmp_path):
     budget = FAMILY[family].budget(4, 30)
@@ -113,9 +110,6 @@ def test_missing_attributes_are_attribute_errors():
     processor = qwen_processor()
     assert not hasattr(processor, "feature_extractor") and not hasattr(processor, "_nothing")
     assert not hasattr(QZoomProcessor.__new__(QZoomProcessor), "tokenizer")  # as while unpickling
-
-
-# --- from a plain backbone
 
 
 def test_from_backbone_object():
@@ -179,9 +173,6 @@ def test_parts_that_do_not_fit():
         QZoomProcessor(Qwen2VLImageProcessor(), qwen_tokenizer(), backbone_model_type="bert")
 
 
-# --- what others call
-
-
 @families
 def test_delegated_names(family):
     processor = PROCESSORS[family]()
@@ -235,9 +226,6 @@ def test_threads_share_a_processor():
         assert_same(result, alone)
 
 
-# --- videos
-
-
 class StubVideoKwargs(TypedDict, total=False):
     max_frames: int
 
@@ -274,7 +262,10 @@ def stub_torchvision(monkeypatch):
 VIDEO = np.zeros((4, 56, 56, 3), np.uint8)
 
 
-def test_videos_pass_through(stub_torchvision):
+def test_videos_pass_through(stub_torchvision, monkeypatch):
+    settings = []
+    make = StubVideoProcessor.from_dict
+    monkeypatch.setattr(StubVideoProcessor, "from_dict", lambda values: settings.append(values) or make(values))
     message = [
         {"role": "user", "content": [{"type": "video", "video": VIDEO}, {"type": "image", "image": noise(56, 56)}]}
     ]
@@ -282,7 +273,7 @@ def test_videos_pass_through(stub_torchvision):
     inputs = process(processor, message)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 4
     assert inputs["video_grid_thw"].tolist() == [[1, 4, 4]] and len(inputs["source_images"]) == 1
-    assert processor._build_video_processor().settings == {"max_frames": 7}
+    assert settings == [{"max_frames": 7}]
     assert "pixel_values" not in processor(text=processor.video_token, videos=[VIDEO], max_frames=3)
     with pytest.raises(ValueError, match="llava takes no videos"):
         llava_processor()(text="hi", videos=[VIDEO])

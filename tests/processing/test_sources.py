@@ -35,9 +35,6 @@ def noise(width: int = 7, height: int = 5) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# --- ways to hand over an image
-
-
 def test_paths_bytes_base64_and_data_urls_read_the_same_pixels(tmp_path):
     image = noise()
     (tmp_path / "a.png").write_bytes(encoded(image))
@@ -59,9 +56,6 @@ def test_source_tensor_is_contiguous_channels_first():
     tensor = source_tensor(noise(7, 5))
     assert tensor.shape == (3, 5, 7) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
     assert torch.equal(tensor.permute(1, 2, 0), torch.from_numpy(np.array(noise(7, 5))))
-
-
-# --- orientation and modes
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -140,9 +134,6 @@ def test_float_mode():
     assert image.mode == "F" and pixels_of(image)[0, :, 0].tolist() == [0, 128, 255]
 
 
-# --- arrays and tensors
-
-
 def test_arrays_of_either_layout_and_kind():
     levels = np.array(noise())
     for array in (
@@ -193,9 +184,6 @@ def test_layout_may_be_told():
 def test_unusable_arrays(array, message):
     with pytest.raises(ValueError, match=f"image 0 .*{message}"):
         pixels_of(array)
-
-
-# --- what cannot be used
 
 
 @pytest.mark.parametrize(
@@ -253,9 +241,6 @@ def test_text_chunk_bombs_are_named(monkeypatch):
         pixels_of(encoded(noise(), pnginfo=chunks))
 
 
-# --- places
-
-
 def test_images_by_row():
     a, b, c = "abc"
     assert images_by_row(None) == ([], None)
@@ -287,9 +272,6 @@ def test_match_placeholders():
         match_placeholders(["@", "@@"], [1, 1], 2, "@")
     with pytest.raises(ValueError, match="images has 1 rows, but there are 2 prompts"):
         match_placeholders(["@", ""], [1], 1, "@")
-
-
-# --- covered rectangles
 
 
 @pytest.mark.parametrize(

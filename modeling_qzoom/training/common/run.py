@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from ...asking.session import Session, open_session, save_session
-from ...loading_addons_qzoom import has_unmerged_lora
+from ...loading_lora_qzoom import has_unmerged_lora
 from .arguments import training_arguments
 from .labelled import Labelled
 from .run_folder import RunFolder

@@ -16,7 +16,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ... import QZoomForConditionalGeneration
 from ...asking.session import Session
-from ...loading_addons_qzoom import has_unmerged_lora
+from ...loading_lora_qzoom import has_unmerged_lora
 from ..common.labelled import Labelled
 from ..common.run import train
 from ..common.stage import Parts, TrainStage
