@@ -26,7 +26,10 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
         InputError: both names are used.
     """
     if past_key_values is not None and cache is not None:
-        raise InputError("past_key_values and cache are two names of one argument; pass one of them.")
+        raise InputError(
+            "past_key_values and cache are two names of one argument; pass one of them. (A peft that is too old for the "
+            "installed transformers passes both: install a pair that goes together.)"
+        )
     return cache if past_key_values is None else past_key_values
 
 
