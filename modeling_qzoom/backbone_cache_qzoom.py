@@ -27,8 +27,8 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     """
     if past_key_values is not None and cache is not None:
         raise InputError(
-            "past_key_values and cache are two names of one argument; pass one of them. (A peft that is too old for the "
-            "installed transformers passes both: install a pair that goes together.)"
+            "past_key_values and cache are two names of one argument; pass one of them. (A peft that is too old for "
+            "the installed transformers passes both: install a pair that goes together.)"
         )
     return cache if past_key_values is None else past_key_values
 
