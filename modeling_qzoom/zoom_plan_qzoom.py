@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 
 from .backbone_adapters_qzoom import refuse_learned_prompt, row_adapters
@@ -20,6 +21,22 @@ from .zoom_crops_qzoom import crop_recipe
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
+
+
+def _checked_mask(
+    input_ids: Tensor, mask: Tensor | None, cached: int, kwargs: dict[str, Any], configs: Sequence[GenerationConfig]
+) -> Tensor | None:
+    """The mask of a call, or what `generate` of transformers will infer where the call has none.
+
+    Args:
+        input_ids: (B, N).
+        mask: (B, N), or (B, cached + N) behind `cached` tokens of an earlier turn.
+    """
+    length = input_ids.shape[1]
+    if mask is None:
+        return None if cached else infer_mask(input_ids, kwargs, configs)
+    check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
+    return mask
 
 
 def plan_zoom(
@@ -61,12 +78,7 @@ def plan_zoom(
         check_padding(mask)
         return None
     if embeds is None:
-        cached = 0 if cache is None else cache.get_seq_length()
-        length = input_ids.shape[1]
-        if mask is None:
-            mask = infer_mask(input_ids, kwargs, configs) if not cached else None
-        else:
-            check_mask(mask, len(input_ids), (length, cached + length) if cached else (length,))
+        mask = _checked_mask(input_ids, mask, 0 if cache is None else cache.get_seq_length(), kwargs, configs)
     check_padding(mask)
     has_images = bool((input_ids == model.config.image_token_id).any())
     if has_images or not model.config.backbone.grid.has_budget:
