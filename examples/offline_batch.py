@@ -31,7 +31,7 @@ options = arguments(
     batch_size={"type": positive, "default": 4},
     rows_per_file={"type": positive, "default": 64, "help": "a stop loses at most so many answers of each process"},
 )
-asked = {"question": options.question, "model": options.model}  # other questions and models may share the folder
+task = {"question": options.question, "model": options.model}  # other questions and models may share the folder
 state = PartialState(cpu=not torch.accelerator.is_available())  # which of how many processes this is, and its device
 with state.main_process_first():
     images = options.images or demo_images()
@@ -39,7 +39,7 @@ with state.main_process_first():
     done = set()
     for path in options.output.glob("*.parquet"):
         earlier = read_rows(path, SCHEMA)
-        same = [row for row in earlier if {name: row[name] for name in asked} == asked]
+        same = [row for row in earlier if {name: row[name] for name in task} == task]
         again = [row for row in same if row["error"] is not None]  # to be asked again
         if again:
             write_rows([row for row in earlier if row not in again], SCHEMA, path)
@@ -74,14 +74,14 @@ def answer(names: list[str]) -> list[dict]:
     except (OSError, ValueError) as error:
         if len(names) > 1:
             return [row for name in names for row in answer([name])]
-        return [{"file": names[0], "error": as_utf8(str(error)), **asked}]
+        return [{"file": names[0], "error": as_utf8(str(error)), **task}]
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False, return_zoom_reports=True)
     texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     rows = []
     for name, reply, report in zip(names, texts, output.zoom_reports):
         zoom = {"reason": report.reason, "gate_probability": report.gate_probability, "box": report.box}
         tokens = report.coarse_tokens + report.crop_tokens
-        rows.append({"file": name, "answer": reply, "visual_tokens": tokens, **zoom, **asked})
+        rows.append({"file": name, "answer": reply, "visual_tokens": tokens, **zoom, **task})
     return rows
 
 
@@ -91,7 +91,7 @@ for start in range(0, len(own), options.rows_per_file):
     for first in range(0, len(part), options.batch_size):
         rows += answer(part[first : first + options.batch_size])
     # no other file is about the same question and the same images, so none has this name
-    key = hashlib.sha256(repr((part, asked)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((part, task)).encode()).hexdigest()[:16]
     write_rows(rows, SCHEMA, options.output / f"{key}.parquet")
     failed = sum("error" in row for row in rows)
     print(f"process {state.process_index}: {start + len(part)} of {len(own)}, {failed} unreadable", flush=True)

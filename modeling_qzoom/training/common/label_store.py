@@ -54,10 +54,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     way_out = "delete its folder to make the labels anew"
-    held = read_json(path, way_out, [field.name for field in fields(Manifest)] + ["shards"])
-    if not isinstance(held["shards"], int) or not isinstance(held["settings"], dict):
+    stored = read_json(path, way_out, [field.name for field in fields(Manifest)] + ["shards"])
+    if not isinstance(stored["shards"], int) or not isinstance(stored["settings"], dict):
         raise ValueError(f"{path} is no record of labels; {way_out}.")
-    return held
+    return stored
 
 
 def _shard_path(folder: Path, number: int, count: int) -> Path:
@@ -101,19 +101,19 @@ class ShardStore:
     def __init__(self, folder: str | Path, manifest: Manifest, count: int) -> None:
         self.folder, self.count = Path(folder), count
         self.folder.mkdir(parents=True, exist_ok=True)
-        wanted = {**vars(manifest), "shards": count}
+        current = {**vars(manifest), "shards": count}
         path = self.folder / MANIFEST
         if path.exists():
-            held = _read_manifest(path)
+            stored = _read_manifest(path)
             # through JSON, which turns tuples into lists and keys into text
-            differing = [key for key, value in json.loads(json.dumps(wanted)).items() if held.get(key) != value]
+            differing = [key for key, value in json.loads(json.dumps(current)).items() if stored.get(key) != value]
             if differing:
                 raise ValueError(
                     f"{self.folder} holds labels whose {', '.join(differing)} differ from what is asked for now; give "
                     "another output folder, or delete this one to make them anew."
                 )
         else:
-            write_json(path, wanted)
+            write_json(path, current)
 
     def make(
         self,
@@ -187,17 +187,17 @@ def read_manifest(folder: str | Path, stage: str) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"labels={folder}: there are no labels; make them with the stage {stage!r}.")
-    held = _read_manifest(path)
-    if held["stage"] != stage:
+    stored = _read_manifest(path)
+    if stored["stage"] != stage:
         raise ValueError(
-            f"labels={folder}: these are labels of {held['stage']!r}, this stage needs those of {stage!r}."
+            f"labels={folder}: these are labels of {stored['stage']!r}, this stage needs those of {stage!r}."
         )
-    missing = [n for n in range(held["shards"]) if not _shard_path(Path(folder), n, held["shards"]).exists()]
+    missing = [n for n in range(stored["shards"]) if not _shard_path(Path(folder), n, stored["shards"]).exists()]
     if missing:
         raise ValueError(
-            f"labels={folder}: {len(missing)} of {held['shards']} shards are missing; run {stage!r} again to finish."
+            f"labels={folder}: {len(missing)} of {stored['shards']} shards are missing; run {stage!r} again to finish."
         )
-    return held
+    return stored
 
 
 def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterator[dict[str, Any]]:
@@ -214,21 +214,21 @@ def read_labels(folder: str | Path, stage: str, backbone: str | None) -> Iterato
     yield from labels_of(folder, read_manifest(folder, stage), backbone)
 
 
-def labels_of(folder: str | Path, held: dict[str, Any], backbone: str | None) -> Iterator[dict[str, Any]]:
+def labels_of(folder: str | Path, stored: dict[str, Any], backbone: str | None) -> Iterator[dict[str, Any]]:
     """As `read_labels`, of a folder whose manifest is read already.
 
     Args:
-        held: manifest of the folder.
+        stored: manifest of the folder.
     """
-    if backbone is not None and held["backbone"] != backbone:
+    if backbone is not None and stored["backbone"] != backbone:
         raise ValueError(
             f"labels={folder} were made by another backbone than the model that is to be trained: run "
-            f"{held['stage']!r} with this model first, or set other_backbone=true if you know that it only differs in "
-            "precision."
+            f"{stored['stage']!r} with this model first, or set other_backbone=true if you know that it only differs "
+            "in precision."
         )
     names: set[str] = set()
-    for number in range(held["shards"]):
-        path = _shard_path(Path(folder), number, held["shards"])
+    for number in range(stored["shards"]):
+        path = _shard_path(Path(folder), number, stored["shards"])
         try:
             records = read_parquet(path)
         except ValueError as error:

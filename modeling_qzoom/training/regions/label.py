@@ -51,18 +51,18 @@ def with_heads(config: LabelRegionsConfig, backbone: str) -> LabelRegionsConfig:
         return config
     if config.grounding_heads or config.sink_heads:
         raise ValueError("heads=FILE and the tables grounding_heads and sink_heads exclude each other.")
-    held = read_yaml(config.heads)
-    if not isinstance(held, dict) or not held.get("grounding_heads"):
+    stored = read_yaml(config.heads)
+    if not isinstance(stored, dict) or not stored.get("grounding_heads"):
         raise ValueError(f"heads={config.heads} holds no grounding_heads; it is not a file of find-heads.")
     try:
-        found = build_config(LabelRegionsConfig, {name: held[name] for name in _HEAD_FIELDS if name in held})
+        heads = build_config(LabelRegionsConfig, {name: stored[name] for name in _HEAD_FIELDS if name in stored})
     except ValueError as error:
         raise ValueError(f"heads={config.heads}: {error}") from error
-    if held.get("backbone") not in (None, backbone):
+    if stored.get("backbone") not in (None, backbone):
         logger.warning(
             "heads=%s were found on another backbone; find-heads on this one may choose others", config.heads
         )
-    return dataclasses.replace(config, **{name: getattr(found, name) for name in _HEAD_FIELDS})
+    return dataclasses.replace(config, **{name: getattr(heads, name) for name in _HEAD_FIELDS})
 
 
 def _content(feature: dict[str, Any], grid: tuple[int, int]) -> Rectangle | None:
