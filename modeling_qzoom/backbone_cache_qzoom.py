@@ -1,7 +1,7 @@
 """The cache of keys and values: what transformers calls it, what a layer holds, and what travels on it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,16 +48,43 @@ def name_cache(kwargs: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class LayerMasks:
+    """Which tokens the layers of a cache hold, where they hold different ones.
+
+    Attributes:
+        masks: the distinct masks, (B, n_i) long each, 0 on padding and on hidden tokens; of the prefill alone.
+        by_layer: per decoder layer the index of its mask.
+    """
+
+    masks: tuple[Tensor, ...]
+    by_layer: tuple[int, ...]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring layers [first, last) with one mask, and its index."""
+        first = 0
+        for last in range(1, len(self.by_layer) + 1):
+            if last == len(self.by_layer) or self.by_layer[last] != self.by_layer[first]:
+                yield first, last, self.by_layer[first]
+                first = last
+
+    def repeat(self, times: int) -> "LayerMasks":
+        """Every row so many times in a row, as beams want them."""
+        return replace(self, masks=tuple(mask.repeat_interleave(times, dim=0) for mask in self.masks))
+
+
+@dataclass(frozen=True)
 class CacheNotes:
     """What later calls must know of a cache besides its keys and values.
 
     Attributes:
         position_offset: (B, 1), how far the M-RoPE positions run ahead of the number of tokens; None if not at all.
         holds_crops: whether it holds a crop, which the prompt does not.
+        layer_masks: what its layers hold, where they hold different tokens.
     """
 
     position_offset: Tensor | None = None
     holds_crops: bool = False
+    layer_masks: LayerMasks | None = None
 
 
 def notes_of(cache: Cache | None) -> CacheNotes:
@@ -66,7 +93,13 @@ def notes_of(cache: Cache | None) -> CacheNotes:
     return CacheNotes() if notes is None else notes
 
 
-def write_notes(cache: Cache, *, position_offset: Tensor | None = None, holds_crops: bool | None = None) -> None:
+def write_notes(
+    cache: Cache,
+    *,
+    position_offset: Tensor | None = None,
+    holds_crops: bool | None = None,
+    layer_masks: LayerMasks | None = None,
+) -> None:
     """Adds to the notes on a cache what is given.
 
     They are an attribute of the cache, whoever made it: they must go with it from turn to turn and into its copies.
@@ -76,6 +109,8 @@ def write_notes(cache: Cache, *, position_offset: Tensor | None = None, holds_cr
         notes = replace(notes, position_offset=position_offset)
     if holds_crops is not None:
         notes = replace(notes, holds_crops=holds_crops)
+    if layer_masks is not None:
+        notes = replace(notes, layer_masks=layer_masks)
     cache.qzoom_notes = notes
 
 
@@ -108,6 +143,11 @@ def zoomable_cache(cache: Cache | None) -> DynamicCache:
             "zoom='never'."
         )
     return cache
+
+
+def layer_length(cache: Cache, layer: int) -> int:
+    """Number of tokens that a layer has cached."""
+    return cache.get_seq_length(layer)
 
 
 def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:

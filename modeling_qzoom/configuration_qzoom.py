@@ -117,6 +117,17 @@ class QZoomConfig(PreTrainedConfig):
         position_alignment (`str`, *optional*):
             `"continuous"` (fractional positions inside the coarse image) or `"sequential"`. Default: continuous where
             the VLM has M-RoPE, sequential elsewhere.
+        gate_branch, region_branch (`str`, *optional*, defaults to `"full"`):
+            `"light"`: in the branch's layers text is updated and visual tokens only give keys and values, as they
+            are after layer K. The gate bears it untrained; a region branch must be trained so.
+        keep_share (`float`, *optional*, defaults to 1.0):
+            Share of the zoomed image's coarse tokens that a zooming row keeps above layer K: the hottest of the heat
+            map, those in and around the region first. The others are absent there, and positions keep their holes.
+        keep_margin (`int`, *optional*, defaults to 1):
+            Cells around the region that count as part of it when `keep_share` is below 1.
+        skip_unread (`bool`, *optional*):
+            Whether the last decoder layer of a prefill, and the gate's, update only the token that is read. It changes
+            no result beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
         effort (`str`, *optional*):
             Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
@@ -163,6 +174,11 @@ class QZoomConfig(PreTrainedConfig):
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        gate_branch: str = "full",
+        region_branch: str = "full",
+        keep_share: float = 1.0,
+        keep_margin: int = 1,
+        skip_unread: bool | None = None,
         effort: str | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         min_tokens: int | None = None,
@@ -198,6 +214,11 @@ class QZoomConfig(PreTrainedConfig):
         self.crop_min_tokens = crop_min_tokens
         self.crop_max_tokens = crop_max_tokens
         self.position_alignment = position_alignment
+        self.gate_branch = gate_branch
+        self.region_branch = region_branch
+        self.keep_share = keep_share
+        self.keep_margin = keep_margin
+        self.skip_unread = skip_unread
         self.effort = effort
         self.presets: dict[str, dict[str, Any]] = {} if presets is None else presets
         self.min_tokens = min_tokens

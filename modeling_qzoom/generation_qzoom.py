@@ -145,6 +145,8 @@ class QZoomGenerationMixin(GenerationMixin):
             model_kwargs["position_ids"] = prefill.positions.repeat(repeat).for_decoder()
             model_kwargs.pop("mm_token_type_ids", None)
             write_notes(cache, holds_crops=True)
+            if prefill.layer_masks is not None:
+                write_notes(cache, layer_masks=prefill.layer_masks.repeat(repeat))
         if repeat > 1:
             cache.batch_repeat_interleave(repeat)
             logits = logits.repeat_interleave(repeat, dim=0)

@@ -14,9 +14,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_adapters_qzoom import no_adapters_left
-from .backbone_cache_qzoom import CACHE, given_cache, name_cache, notes_of, write_notes
+from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, notes_of, write_notes
+from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
@@ -236,6 +238,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             items = kwargs.get("num_items_in_batch")
             loss, logits = fused_language_pass(self, ids, attention_mask, vision, labels, *sources, items)
             return self._with_branches(QZoomOutput(loss=loss, logits=logits))
+        layer_masks = notes_of(cache).layer_masks
+        if layer_masks is not None and cache is not None:
+            return self._planned_step(input_ids, position_ids, cache, layer_masks, logits_to_keep)
         offset = None
         if position_ids is None and input_ids is not None:
             position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
@@ -261,6 +266,25 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             values["rope_deltas"] = offset if noted is None else noted
         return self._with_branches(QZoomOutput(**values))
 
+    def _planned_step(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache,
+        layer_masks: LayerMasks,
+        logits_to_keep: int | Tensor,
+    ) -> QZoomOutput:
+        """A step of `generate` behind a prefill whose layers hold different tokens."""
+        if input_ids is None or position_ids is None:
+            raise UnsupportedError(
+                "this cache comes from a turn that zoomed with keep_share below 1, and only `generate` can go on from "
+                "it. Pass the whole conversation without a cache."
+            )
+        hidden = decode(self.vlm, input_ids, position_ids, cache, layer_masks)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.vlm.get_output_embeddings()(hidden[:, kept])
+        return QZoomOutput(logits=logits, **{CACHE: cache})
+
     def _with_branches(self, output: QZoomOutput) -> QZoomOutput:
         """The result of a pass that runs no branch, for wrappers that wait for every trainable weight."""
         if not torch.is_grad_enabled():
@@ -285,6 +309,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        gate_branch: str | None = None,
+        region_branch: str | None = None,
+        keep_share: float | None = None,
+        keep_margin: int | None = None,
+        skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -305,6 +334,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_threshold_mode: `"absolute"`, or `"peak"`: relative to the map's largest value.
             crop_min_tokens, crop_max_tokens: budget of the crop in merged visual tokens.
             position_alignment: `"continuous"` or `"sequential"` positions of the crop's tokens.
+            gate_branch, region_branch: `"full"`, or `"light"`: visual tokens stay as they are in the branch's layers.
+            keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
+            keep_margin: cells around the region that are kept before others.
+            skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
 
         Returns:
@@ -323,6 +356,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "crop_min_tokens": crop_min_tokens,
             "crop_max_tokens": crop_max_tokens,
             "position_alignment": position_alignment,
+            "gate_branch": gate_branch,
+            "region_branch": region_branch,
+            "keep_share": keep_share,
+            "keep_margin": keep_margin,
+            "skip_unread": skip_unread,
         }
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]

@@ -12,12 +12,21 @@ from .errors_qzoom import CropError, InputError, UnsupportedError
 from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
 from .rows_qzoom import Positions, pad_left
 from .source_images_qzoom import SourceInput
+from .zoom_branch_plans_qzoom import region_plans
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
 from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
-from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_fusion_qzoom import (
+    FusedRow,
+    PlacedCrop,
+    fused_deepstack,
+    fused_embeds,
+    plain_row,
+    plan_rows,
+    upper_plan,
+)
 from .zoom_model_qzoom import ZoomModel
-from .zoom_options_qzoom import resolve_options
+from .zoom_options_qzoom import ZoomOptions, resolve_options
 from .zoom_regions_qzoom import Box, pixels_to_cells
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
 
@@ -138,7 +147,7 @@ def branch_pass(
             raise InputError(
                 f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
             )
-        logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
+        logits = gate_logits(model, _branch_options(model), view, list(range(len(input_ids))), queries[:, :1])
         result["gate_logits"] = logits
         answered = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
         result["gate_loss"] = masked_bce(logits, answered)
@@ -153,7 +162,7 @@ def branch_pass(
         maps_by_row: list[list[Tensor]] = [[] for _ in spans]
         targets_by_row: list[list[Tensor]] = [[] for _ in spans]
         if rows:
-            for row, maps in zip(rows, region_maps(model, view, rows, spans, queries[rows])):
+            for row, maps in zip(rows, region_maps(model, _branch_options(model), view, rows, spans, queries[rows])):
                 maps_by_row[row] = maps.logits
                 targets_by_row[row] = _region_targets_by_image(region_targets[row], row, spans[row])
                 hidden = absent[row].nonzero()[:, 0].tolist()
@@ -164,7 +173,8 @@ def branch_pass(
             # the branch runs all the same: other processes, whose rows have targets, wait for this one
             hidden_states, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, [0])
             query = queries[:1, :1].to(hidden_states.device)
-            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query)
+            plans = region_plans(model.config, _branch_options(model), view.input_ids[:1], view.valid[:1])
+            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query, plans)
             result["region_loss"] = scores.sum() * 0.0
         result["region_logits"] = maps_by_row
     losses = [name for name in ("region_loss", "gate_loss") if name in result]
@@ -173,6 +183,12 @@ def branch_pass(
         result[name] = with_unused(result[name], unused)
     result["loss"] = sum(result[name] for name in losses)
     return result
+
+
+def _branch_options(model: ZoomModel) -> ZoomOptions:
+    """Branches train as the config has them; all of their last layer runs, since any column may be read."""
+    kinds = {name: getattr(model.config, name) for name in ("gate_branch", "region_branch")}
+    return ZoomOptions(**kinds, skip_unread=False)
 
 
 def _unused_by_branches(model: ZoomModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
@@ -308,6 +324,8 @@ def fused_language_pass(
     )  # (B, F, D)
     mask = pad_left([row.mask for row in rows], length).to(embeds.device)
     positions = Positions.stack([row.positions for row in rows], length)
+    layer_k, layers = model.config.branch_layer, len(decoder.layers)
+    plans = [None] * layer_k + [upper_plan(rows, length, embeds.device)] * (layers - layer_k)
     hidden = run_layers(
         decoder,
         embeds,
@@ -316,6 +334,7 @@ def fused_language_pass(
         mask=causal_mask(decoder, embeds, mask, None),
         position_embeddings=rotary(decoder, embeds, positions.for_decoder()),
         deepstack=fused_deepstack(view, rows, features, length, full=True),
+        plans=plans,
     )
     logits = model.get_output_embeddings()(decoder.norm(hidden))
     vocabulary = model.config.get_text_config().vocab_size

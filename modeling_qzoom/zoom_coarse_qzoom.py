@@ -1,5 +1,6 @@
 """The coarse pass: the whole prompt through decoder layers [0, K), for `generate`, `forward` and label making."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone_layers_qzoom import Mask, Rotary, causal_mask, rotary, run_layers
+from .backbone_layers_qzoom import Mask, causal_mask, rotary, run_layers
+from .backbone_plans_qzoom import LayerPlan
+from .backbone_projections_qzoom import Rotary
 from .prompt_checks_qzoom import check_ids, check_prompt
 from .prompt_qzoom import (
     POSITION_INPUTS,
@@ -105,8 +108,10 @@ def coarse_view(
     return lay_out(model, input_ids, valid, encoded, Positions.of(positions))
 
 
-def run_view(model: ZoomModel, view: CoarseView, first: int, last: int) -> Tensor:
-    """Decoder layers [first, last) over the view's hidden states.
+def run_view(
+    model: ZoomModel, view: CoarseView, first: int, last: int, plans: Sequence[LayerPlan | None] | None = None
+) -> Tensor:
+    """Decoder layers [first, last) over the view's hidden states; `plans` as for `run_layers`.
 
     Returns:
         (B, N, D) inputs of layer `last`.
@@ -120,6 +125,7 @@ def run_view(model: ZoomModel, view: CoarseView, first: int, last: int) -> Tenso
         position_embeddings=view.position_embeddings,
         cache=view.cache,
         deepstack=view.deepstack,
+        plans=plans,
     )
 
 

@@ -8,16 +8,20 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_layers_qzoom import Mask, Rotary, causal_mask
+from .backbone_layers_qzoom import Mask, causal_mask
+from .backbone_projections_qzoom import Rotary
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CropError
 from .prompt_qzoom import ImageSpan
 from .report_qzoom import ZoomReport
 from .rows_qzoom import pick
+from .zoom_branch_plans_qzoom import gate_plans, region_plans
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import crop_recipe, cut_crop
+from .zoom_foveation_qzoom import kept_cells
 from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_model_qzoom import ZoomModel
+from .zoom_options_qzoom import ZoomOptions
 from .zoom_regions_qzoom import box_to_pixels, foreground_box, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
@@ -42,17 +46,21 @@ def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
     return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
 
 
-def gate_logits(model: ZoomModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None) -> Tensor:
+def gate_logits(
+    model: ZoomModel, options: ZoomOptions, view: CoarseView, rows: list[int], query_columns: Tensor | None = None
+) -> Tensor:
     """(rows,) logits of the gate, which the model must have.
 
     Args:
+        options: which tokens its layers update.
         query_columns: (rows, 1); the last prompt token by default.
     """
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
     queries = last_columns(view, rows) if query_columns is None else query_columns
     gate = model.zoom.gate
     assert gate is not None
-    return gate(hidden, mask, position_embeddings, queries)
+    plans = gate_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows), query_columns)
+    return gate(hidden, mask, position_embeddings, queries, plans)
 
 
 @dataclass
@@ -65,6 +73,7 @@ class RegionMaps:
 
 def region_maps(
     model: ZoomModel,
+    options: ZoomOptions,
     view: CoarseView,
     rows: list[int],
     spans: list[list[ImageSpan]],
@@ -73,6 +82,7 @@ def region_maps(
     """Region logits of every image of some rows.
 
     Args:
+        options: which tokens the branch's layers update.
         rows: rows with at least one image.
         spans: the batch's images by row.
         query_columns: (rows, Q) columns of the asking tokens; the last prompt token by default.
@@ -83,8 +93,9 @@ def region_maps(
     queries = last_columns(view, rows) if query_columns is None else query_columns.to(view.hidden.device)
     queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    plans = region_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows))
     logits, first_head = model.zoom.region(
-        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device)
+        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans
     )  # each (rows, 1 + Q, V)
     maps = []
     for index, row in enumerate(rows):
@@ -136,7 +147,7 @@ def decide(
     if rows and asks_gate:
         queries = None if query_columns is None else query_columns[rows]
         with run_rows(request.adapters, rows):
-            logits = gate_logits(model, view, rows, queries)
+            logits = gate_logits(model, options, view, rows, queries)
         for row, probability in zip(rows, logits.sigmoid().tolist()):
             if math.isnan(probability):  # compares as neither above nor below a threshold
                 reports[row].reason = "gate_nan"
@@ -150,7 +161,7 @@ def decide(
     crops = []
     queries = None if query_columns is None else query_columns[rows]
     with run_rows(request.adapters, rows):
-        maps_by_row = region_maps(model, view, rows, request.spans, queries)
+        maps_by_row = region_maps(model, options, view, rows, request.spans, queries)
     for row, maps in zip(rows, maps_by_row):
         crop = _crop_row(model, request, row, maps, reports[row], view.embeds.device)
         if crop is not None:
@@ -192,4 +203,5 @@ def _crop_row(
         return None
     report.zoomed = True
     report.crop_tokens = crop.tokens
-    return PlacedCrop(row, span, cells, crop)
+    kept = kept_cells(heatmaps[image], cells, options.keep_share, options.keep_margin)
+    return PlacedCrop(row, span, cells, crop, kept)

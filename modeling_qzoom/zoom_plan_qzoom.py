@@ -1,13 +1,15 @@
 """From the arguments of `generate` to one checked request, before anything runs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .backbone_adapters_qzoom import refuse_learned_prompt, row_adapters
+from .backbone_adapters_qzoom import RowAdapters, refuse_learned_prompt, row_adapters
 from .backbone_cache_qzoom import CACHE, refuse_zoomed_cache
+from .errors_qzoom import UnsupportedError
 from .generation_refusals_qzoom import (
     check_padding,
     first_setting,
@@ -94,4 +96,27 @@ def plan_zoom(
     counts = (first_setting(name, kwargs, configs) for name in ("num_beams", "num_return_sequences"))
     repeats = max(count for count in (1, *counts) if isinstance(count, int))
     adapters = row_adapters(model, len(input_ids), repeats)
+    options = _under_adapters(options, adapters)
     return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)
+
+
+def _under_adapters(options: ZoomOptions, adapters: RowAdapters | None) -> ZoomOptions:
+    """The options of a call whose layers peft may give offsets, which count whole sequences from their end.
+
+    Raises:
+        UnsupportedError: an option that runs layers for some tokens only.
+    """
+    if adapters is None or adapters.offsets is None:
+        return options
+    for name, value in (("gate_branch", "full"), ("region_branch", "full"), ("keep_share", 1.0)):
+        if getattr(options, name) != value:
+            raise UnsupportedError(
+                f"{name}={getattr(options, name)!r} runs layers for some tokens only, where an activated LoRA cannot "
+                f"tell at which it begins; pass {name}={value!r}."
+            )
+    if options.skip_unread:
+        raise UnsupportedError(
+            "skip_unread=True runs the last layer for one token only, where an activated LoRA cannot tell at which it "
+            "begins; leave it out."
+        )
+    return replace(options, skip_unread=False)

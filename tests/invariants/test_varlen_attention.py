@@ -141,6 +141,20 @@ def test_mixed_decisions_agree_with_sdpa(family):
     assert_close(generate(model, inputs, zoom="never"), generate(tiny_model(family), inputs, zoom="never"))
 
 
+@pytest.mark.parametrize("implementation", [FLASH, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_plans_agree_with_sdpa(family, implementation, watch):
+    """Light branches run around their images in causal chunks, which FlashAttention can express."""
+    model, inputs = tiny_model(family), make_inputs(family, ROWS)
+    options = {**ZOOM, "zoom": "auto", "gate_threshold": 0, "keep_share": 0.3}
+    options |= {"gate_branch": "light", "region_branch": "light"}
+    sdpa = generate(model, inputs, **options)
+    assert any(report.zoomed for report in sdpa.zoom_reports)
+    model.set_attn_implementation(implementation)
+    assert_close(generate(model, inputs, **options), sdpa)
+    assert watch.packed == 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sub_models_may_differ(family, watch):
     """The branches follow the text model, whatever the vision tower uses."""
