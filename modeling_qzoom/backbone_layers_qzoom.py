@@ -214,7 +214,14 @@ def _call(layer: Any, hidden_states: Tensor, mask: Mask, position_embeddings: Ro
             "reentrant gradient checkpointing gives no gradient to tokens that only give keys and values; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
-    given = {"hidden_states": hidden_states, "attention_mask": mask, "position_ids": None, CACHE: states}
+    given = {
+        "hidden_states": hidden_states,
+        "attention_mask": mask,
+        "position_embeddings": position_embeddings,
+        "position_ids": None,
+        CACHE: states,
+    }
     names = list(signature(layer.forward).parameters)
-    arguments = [given.get(name) for name in names[: names.index(CACHE) + 1]]
-    return layer(*arguments, position_embeddings=position_embeddings)
+    by_place = names[: names.index(CACHE) + 1]
+    by_name = {name: given[name] for name in given if name not in by_place}
+    return layer(*(given.get(name) for name in by_place), **by_name)

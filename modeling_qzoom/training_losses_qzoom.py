@@ -1,6 +1,7 @@
 """Training passes of `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .source_images_qzoom import SourceInput
 from .zoom_branch_plans_qzoom import region_plans
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
-from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
+from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, image_heatmap, region_maps
+from .zoom_foveation_qzoom import kept_cells
 from .zoom_fusion_qzoom import (
     FusedRow,
     PlacedCrop,
@@ -173,7 +175,7 @@ def branch_pass(
             # the branch runs all the same: other processes, whose rows have targets, wait for this one
             hidden_states, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, [0])
             query = queries[:1, :1].to(hidden_states.device)
-            plans = region_plans(model.config, _branch_options(model), view.input_ids[:1], view.valid[:1])
+            plans = region_plans(model.config, _branch_options(model), view.input_ids[:1], view.valid[:1], query)
             scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query, plans)
             result["region_loss"] = scores.sum() * 0.0
         result["region_logits"] = maps_by_row
@@ -254,14 +256,35 @@ def _given_crops(
     return crops
 
 
+def _asking_columns(view: CoarseView, labels: Tensor) -> Tensor:
+    """(B, 1) column of each row's last prompt token, in front of its answer."""
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
+    return torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
+
+
 @torch.no_grad()
 def _proposed_crops(model: ZoomModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[PlacedCrop]:
     """Crops that the region branch proposes, asked at each row's last prompt token."""
-    reached = run_to_branch(model, view)
-    columns = torch.arange(labels.shape[1], device=labels.device)
-    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
-    queries = torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
-    return decide(model, request, reached, queries)[1]
+    return decide(model, request, run_to_branch(model, view), _asking_columns(view, labels))[1]
+
+
+@torch.no_grad()
+def _with_kept_tokens(
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, labels: Tensor, crops: list[PlacedCrop]
+) -> list[PlacedCrop]:
+    """Given crops with the coarse tokens that stay above layer K, which the region branch ranks."""
+    options, rows = request.options, [placed.row for placed in crops]
+    if options.keep_share >= 1 or not rows:
+        return crops
+    queries = _asking_columns(view, labels)[rows]
+    maps_by_row = region_maps(model, options, run_to_branch(model, view), rows, request.spans, queries)
+    kept = []
+    for placed, maps in zip(crops, maps_by_row):
+        heatmap = image_heatmap(model, maps, request.spans[placed.row].index(placed.span))
+        cells = kept_cells(heatmap, placed.cells, options.keep_share, options.keep_margin)
+        kept.append(replace(placed, kept=cells))
+    return kept
 
 
 def _fused_rows(
@@ -316,7 +339,7 @@ def fused_language_pass(
         crops = _proposed_crops(model, request, view, labels)
     else:
         crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
-
+        crops = _with_kept_tokens(model, request, view, labels, crops)
     rows, features = _fused_rows(model, request, view, crops)
     length = max(row.length for row in rows)
     embeds = pad_left(

@@ -17,6 +17,16 @@ def visual_tokens(config: QZoomConfig, input_ids: Tensor) -> Tensor:
     return torch.isin(input_ids, torch.tensor(kinds, device=input_ids.device))
 
 
+def _light_plan(config: QZoomConfig, input_ids: Tensor, valid: Tensor, query_columns: Tensor | None) -> LayerPlan:
+    """Visual tokens stay as they are, unless they ask: a prompt of a family without markers may end in its image."""
+    frozen = visual_tokens(config, input_ids)
+    if query_columns is None:
+        frozen[:, -1] = False
+    else:
+        frozen.scatter_(1, query_columns.to(frozen.device), False)
+    return frozen_plan(valid, frozen)
+
+
 def gate_plans(
     config: QZoomConfig, options: ZoomOptions, input_ids: Tensor, valid: Tensor, query_columns: Tensor | None
 ) -> Plans | None:
@@ -32,18 +42,20 @@ def gate_plans(
     depth = config.branch_depth
     inner: LayerPlan | None = None
     if options.gate_branch == "light":
-        inner = frozen_plan(valid, visual_tokens(config, input_ids))
+        inner = _light_plan(config, input_ids, valid, query_columns)
     last = inner
     if options.skips_unread:
         last = last_token_plan(valid) if query_columns is None else asking_token_plan(valid, query_columns)
     return _plans([inner] * (depth - 1) + [last])
 
 
-def region_plans(config: QZoomConfig, options: ZoomOptions, input_ids: Tensor, valid: Tensor) -> Plans | None:
-    """Plans of the region branch's T - 1 layers; arguments as for `gate_plans`."""
+def region_plans(
+    config: QZoomConfig, options: ZoomOptions, input_ids: Tensor, valid: Tensor, query_columns: Tensor | None
+) -> Plans | None:
+    """Plans of the region branch's T - 1 layers; arguments as for `gate_plans`, with (B, Q) asking columns."""
     if options.region_branch == "full":
         return None
-    return _plans([frozen_plan(valid, visual_tokens(config, input_ids))] * (config.branch_depth - 1))
+    return _plans([_light_plan(config, input_ids, valid, query_columns)] * (config.branch_depth - 1))
 
 
 def _plans(plans: Plans) -> Plans | None:

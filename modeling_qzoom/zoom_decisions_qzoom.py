@@ -93,7 +93,8 @@ def region_maps(
     queries = last_columns(view, rows) if query_columns is None else query_columns.to(view.hidden.device)
     queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
-    plans = region_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows))
+    asking = None if query_columns is None else query_columns.to(view.hidden.device)
+    plans = region_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows), asking)
     logits, first_head = model.zoom.region(
         hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans
     )  # each (rows, 1 + Q, V)
@@ -169,15 +170,18 @@ def decide(
     return reports, crops
 
 
+def image_heatmap(model: ZoomModel, maps: RegionMaps, image: int) -> Tensor:
+    """(h, w) heat map of one of a row's images, asked by its first query."""
+    rule = model.config.backbone.artifact_rule
+    return region_heatmap(maps.logits[image][0], maps.first_token_logits[image], rule)
+
+
 def _crop_row(
     model: ZoomModel, request: ZoomRequest, row: int, maps: RegionMaps, report: ZoomReport, device: torch.device
 ) -> PlacedCrop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
     spec, options = model.config.backbone, request.options
-    heatmaps = [
-        region_heatmap(logits[0], first, spec.artifact_rule)
-        for logits, first in zip(maps.logits, maps.first_token_logits)
-    ]
+    heatmaps = [image_heatmap(model, maps, image) for image in range(len(maps.logits))]
     if any(bool(heatmap.isnan().any()) for heatmap in heatmaps):
         report.reason = "map_nan"
         return None
