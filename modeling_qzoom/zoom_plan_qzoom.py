@@ -97,7 +97,8 @@ def plan_zoom(
     repeats = max(count for count in (1, *counts) if isinstance(count, int))
     adapters = row_adapters(model, len(input_ids), repeats)
     options = _under_adapters(options, adapters)
-    return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)
+    grid_boxes = collect_grid_boxes(source_boxes, len(sources))
+    return ZoomRequest(options, spans, sources, grid_boxes, adapters, makes_cache=cache is None)
 
 
 def _under_adapters(options: ZoomOptions, adapters: RowAdapters | None) -> ZoomOptions:
