@@ -18,6 +18,7 @@ from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import CACHE, is_static, notes_of, static_copy, write_notes, zoomable_cache
 from .configuration_qzoom import QZoomConfig
 from .generation_refusals_qzoom import check_padding, refuse_batched_images
+from .plain_prefill_qzoom import plain_prefill
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
 from .zoom_branches_qzoom import ZoomBranches
@@ -132,7 +133,8 @@ class QZoomGenerationMixin(GenerationMixin):
         check_padding(mask)  # generate may have inferred it from pad tokens
         distinct = range(0, len(input_ids), repeat)
         with run_rows(request.adapters, range(len(distinct))):
-            prefill = zoom_prefill(
+            run_prefill = plain_prefill if request.options.zoom == "never" else zoom_prefill
+            prefill = run_prefill(
                 self,
                 request,
                 pick(input_ids, distinct),
