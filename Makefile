@@ -5,7 +5,8 @@ OLDEST := .venv-oldest
 CLEAN := .venv-clean
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
+# The version of torch that everything here is tested with, installed before anything that would pull in another one.
+# The build is the index's choice: PyPI's brings CUDA along, a wheel of a CPU build in pip's find-links or index wins.
 TORCH := "torch==2.13.0"
 # one process a core; small models gain nothing from threads
 PYTEST := -m pytest -n 2 --dist loadfile

@@ -339,7 +339,7 @@ def test_damaged_weights_end_with_one_line(checkpoint: str, tmp_path: Path, caps
 def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'qzoom\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qzoom\[stages\]'"):
         draw_pareto([], tmp_path / "pareto.png")
 
 

@@ -13,6 +13,7 @@ from typing import cast
 from PIL import Image, ImageDraw, ImageFont
 
 from ...zoom_regions_qzoom import Box
+from ..extras import needed_for
 
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -171,16 +172,12 @@ def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
     """A font by name among those that matplotlib brings, or Pillow's own.
 
     Raises:
-        ImportError: A named font needs matplotlib, which the extra `train` installs.
+        ImportError: A named font needs matplotlib, which the extra `stages` installs.
     """
     if name is None:
         return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # what it is at a given size
-    try:
+    with needed_for("The split 'shifted' is printed in fonts that come with matplotlib"):
         from matplotlib import get_data_path
-    except ImportError as error:
-        raise ImportError(
-            "The split 'shifted' is printed in fonts that come with matplotlib: pip install 'qzoom[train]'."
-        ) from error
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", size)
 
 

@@ -16,7 +16,7 @@ from hub_release.card.parts import read_card, rename, repository_of
 from hub_release.card.tables import figure_table, spread_table
 from hub_release.card.texts import QUICK_START
 from hub_release.repository.errors import BuildError
-from tests.release_fixtures import DEMO, FIGURES, data_folder, published_folder, write_figures
+from tests.release_fixtures import DEMO, FIGURES, data_folder, write_figures
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,11 +51,6 @@ Slowly.
 
 To all.
 """
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return published_folder(tmp_path_factory.mktemp("published"))
 
 
 def test_what_the_author_wrote_is_kept_and_facts_are_replaced(published):
