@@ -114,6 +114,21 @@ class QZoomConfig(PreTrainedConfig):
             `"absolute"`, or `"peak"`: the threshold is a share of the map's largest value.
         crop_min_tokens, crop_max_tokens (`int`, *optional*):
             Budget of the crop in merged visual tokens. Default: `min_tokens` and `max_tokens`.
+        crop_budget (`str`, *optional*, defaults to `"fixed"`):
+            How a crop is sized within these bounds. `"fixed"`: its region's native size. `"need"`: that, and small
+            regions are enlarged, at most threefold a side and up to `crop_target_tokens`; the lower bound is 64
+            tokens where it is not set, and it wins over the threefold. `"visionrl2"`: as `"need"`, but to the pixel
+            as Vision-RL² does it, whose rounding may exceed the upper bound by a row and a column. What is not set is
+            its own: 64 tokens, a target of 160 (256 from a `max_tokens` of 1024 on, 384 from 2048 on), and an upper
+            bound of three targets, or half of `max_tokens` where that is less.
+        crop_target_tokens (`int`, *optional*):
+            Up to how many tokens a small region is enlarged. Default: `crop_max_tokens`, or `max_tokens`.
+        region_blur (`str`, *optional*, defaults to `"fixed"`):
+            Gaussian blur of the heat map: `"fixed"`: 3 × 3 cells, sigma 1; `"grid"`: sigma grows from 1 on grids of
+            up to 512 cells to 4 on grids of 8192.
+        region_min_peak, region_min_contrast (`float`, *optional*, defaults to 0):
+            A row is not zoomed when its map's largest value is below the first, or, divided by the map's mean, below
+            the second.
         position_alignment (`str`, *optional*):
             `"continuous"` (fractional positions inside the coarse image) or `"sequential"`. Default: continuous where
             the VLM has M-RoPE, sequential elsewhere.
@@ -172,6 +187,11 @@ class QZoomConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         lora_subfolder: str | None = None,
+        crop_budget: str = "fixed",
+        crop_target_tokens: int | None = None,
+        region_blur: str = "fixed",
+        region_min_peak: float = 0.0,
+        region_min_contrast: float = 0.0,
         **kwargs: Any,
     ) -> None:
         refuse_misspelt(kwargs)
@@ -198,6 +218,11 @@ class QZoomConfig(PreTrainedConfig):
         self.crop_min_tokens = crop_min_tokens
         self.crop_max_tokens = crop_max_tokens
         self.position_alignment = position_alignment
+        self.crop_budget = crop_budget
+        self.crop_target_tokens = crop_target_tokens
+        self.region_blur = region_blur
+        self.region_min_peak = region_min_peak
+        self.region_min_contrast = region_min_contrast
         self.effort = effort
         self.presets: dict[str, dict[str, Any]] = {} if presets is None else presets
         self.min_tokens = min_tokens

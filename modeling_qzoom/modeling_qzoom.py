@@ -285,6 +285,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        crop_budget: str | None = None,
+        crop_target_tokens: int | None = None,
+        region_blur: str | None = None,
+        region_min_peak: float | None = None,
+        region_min_contrast: float | None = None,
         return_zoom_reports: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -305,6 +310,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_threshold_mode: `"absolute"`, or `"peak"`: relative to the map's largest value.
             crop_min_tokens, crop_max_tokens: budget of the crop in merged visual tokens.
             position_alignment: `"continuous"` or `"sequential"` positions of the crop's tokens.
+            crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
+            crop_target_tokens: up to how many tokens the last two enlarge a region.
+            region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
+            region_min_peak: smallest peak of a heat map that is zoomed into.
+            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
 
         Returns:
@@ -323,6 +333,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "crop_min_tokens": crop_min_tokens,
             "crop_max_tokens": crop_max_tokens,
             "position_alignment": position_alignment,
+            "crop_budget": crop_budget,
+            "crop_target_tokens": crop_target_tokens,
+            "region_blur": region_blur,
+            "region_min_peak": region_min_peak,
+            "region_min_contrast": region_min_contrast,
         }
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
