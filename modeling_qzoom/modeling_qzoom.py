@@ -29,7 +29,7 @@ from .training_checks_qzoom import check_combination, check_names, check_trainin
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
-from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -309,6 +309,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        crop_budget: str | None = None,
+        crop_target_tokens: int | None = None,
+        region_blur: str | None = None,
+        region_min_peak: float | None = None,
+        region_min_contrast: float | None = None,
         gate_branch: str | None = None,
         region_branch: str | None = None,
         keep_share: float | None = None,
@@ -338,6 +343,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
             skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
+            crop_target_tokens: up to how many tokens the last two enlarge a region.
+            region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
+            region_min_peak: smallest peak of a heat map that is zoomed into.
+            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
 
         Returns:
@@ -347,21 +357,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             InputError: options out of range, image tokens without `source_images`, or right-padded rows.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
-        call_options = {
-            "zoom": zoom,
-            "effort": effort,
-            "gate_threshold": gate_threshold,
-            "region_threshold": region_threshold,
-            "region_threshold_mode": region_threshold_mode,
-            "crop_min_tokens": crop_min_tokens,
-            "crop_max_tokens": crop_max_tokens,
-            "position_alignment": position_alignment,
-            "gate_branch": gate_branch,
-            "region_branch": region_branch,
-            "keep_share": keep_share,
-            "keep_margin": keep_margin,
-            "skip_unread": skip_unread,
-        }
+        arguments = locals()  # every option is an argument of its name
+        call_options = {name: arguments[name] for name in (*OPTION_NAMES, "effort")}
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
