@@ -51,7 +51,7 @@ SIGNATURES = {
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, return_zoom_reports=None, "
-        "**kwargs)"
+        "zoom_reports=None, **kwargs)"
     ),
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
