@@ -13,6 +13,7 @@ from ..processing_reading_qzoom import UnusableImage, download
 
 
 _MOST_REDIRECTS = 3
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 
 # (host, port) → addresses
 Resolver = Callable[[str, int], Iterable[str]]
@@ -26,8 +27,16 @@ def resolve(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether an address is one of the open internet: neither private, local, reserved nor multicast."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return (mapped or ip).is_global and not ip.is_multicast
+    inner = _embedded(ip) if isinstance(ip, ipaddress.IPv6Address) else None
+    meant = ip if inner is None else inner
+    return meant.is_global and not meant.is_multicast
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The older address that an address stands for where networks are translated, None for none."""
+    if ip in _TRANSLATED:
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour
 
 
 class GuardedTransport(httpx.BaseTransport):

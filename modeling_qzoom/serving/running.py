@@ -35,7 +35,8 @@ def serve_in_process(config: ServeConfig, host: str, port: int) -> None:
     worker = Worker.open(config)
     logger.info("%s at http://%s:%d/v1", config.name, host, port)
     seconds = int(config.request_seconds) + 1
-    uvicorn.run(build_api(config, worker), host=host, port=port, timeout_graceful_shutdown=seconds)
+    with _until_signal():  # uvicorn raises the signal again once it has ended, which would kill us
+        uvicorn.run(build_api(config, worker), host=host, port=port, timeout_graceful_shutdown=seconds)
     worker.queue.end()
 
 

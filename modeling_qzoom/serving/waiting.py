@@ -49,6 +49,7 @@ class BatchQueue:
         """Returns places that were taken for a request that will not run."""
         with self._changed:
             self._admitted -= answers
+            self._changed.notify_all()
 
     def put(self, job: Job) -> None:
         """Adds a prepared job, whose places were taken before."""
@@ -63,6 +64,7 @@ class BatchQueue:
                 return False
             self._jobs.remove(job)
             self._admitted -= len(job.choices)
+            self._changed.notify_all()
             return True
 
     def took(self, seconds: float) -> None:
@@ -89,7 +91,7 @@ class BatchQueue:
                             self._admitted -= len(job.choices)
                         return batch
                     self._changed.wait(missing)
-                elif self._ended:
+                elif self._ended and not self._admitted:  # admitted and still being prepared: it will come
                     return []
                 else:
                     self._changed.wait()
