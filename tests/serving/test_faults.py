@@ -81,13 +81,12 @@ def test_a_request_that_takes_too_long_ends_with_504(held) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(stream) -> None:
     with serving(max_new_tokens=3000) as (address, engine):
-        with pytest.raises(httpx.ReadTimeout):
-            with httpx.Client(timeout=httpx.Timeout(10, read=0.4)) as impatient:
-                content = {**LONG, "max_tokens": 3000, "n": 2, "stream": stream}
-                with impatient.stream("POST", f"{address}/v1/chat/completions", json=content) as response:
-                    if stream:
-                        assert next(response.iter_lines()).startswith("data: ")
-                        raise httpx.ReadTimeout("left")
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(10, read=0.4)) as impatient:
+            content = {**LONG, "max_tokens": 3000, "n": 2, "stream": stream}
+            with impatient.stream("POST", f"{address}/v1/chat/completions", json=content) as response:
+                if stream:
+                    assert next(response.iter_lines()).startswith("data: ")
+                    raise httpx.ReadTimeout("left")
         until(lambda: metric(address, "qzoom_requests_running ") == 0 == metric(address, "qzoom_requests_waiting "))
         began = time.monotonic()
         assert post(address, body(HELLO, max_tokens=1)).status_code == 200

@@ -26,6 +26,8 @@ class Outcome:
         refused: answers 503, which were asked again.
         failed: other statuses, and connections that broke.
         ids: of all answers.
+        texts: answers by the number of their request.
+        tokens: of answers that were not streamed.
     """
 
     seconds: float = 0.0
@@ -34,6 +36,8 @@ class Outcome:
     refused: int = 0
     failed: list[str] = field(default_factory=list)
     ids: set[str] = field(default_factory=set)
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: int = 0
 
     def told(self, requests: int) -> dict[str, Any]:
         """The figures, for JSON."""
@@ -51,51 +55,63 @@ class Outcome:
         }
 
 
-async def _streamed(client: Any, address: str, body: dict[str, Any]) -> tuple[int, str, str]:
-    """(status, id, text) of a streamed answer; status 0 where the stream broke off."""
+@dataclass(frozen=True)
+class _Got:
+    """One answer: its status (0 where a stream broke off), its id, its text and its tokens."""
+
+    status: int
+    id: str
+    text: str
+    tokens: int = 0
+
+
+async def _streamed(client: Any, address: str, body: dict[str, Any]) -> _Got:
     async with client.stream("POST", f"{address}/v1/chat/completions", json={**body, "stream": True}) as response:
         if response.status_code != 200:
-            return response.status_code, "", (await response.aread()).decode()
+            return _Got(response.status_code, "", (await response.aread()).decode()[:300])
         name, text = "", ""
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
-                return 200, name, text
+                return _Got(200, name, text)
             if line.startswith("data: "):
                 piece = json.loads(line[6:])
                 if "error" in piece:
-                    return 0, name, piece["error"]["message"]
+                    return _Got(0, name, piece["error"]["message"])
                 name = piece["id"]
                 text += "".join(choice["delta"].get("content") or "" for choice in piece["choices"])
-        return 0, name, "the stream has no end"
+        return _Got(0, name, "the stream has no end")
 
 
-async def _answer(client: Any, address: str, body: dict[str, Any], streams: bool) -> tuple[int, str, str]:
+async def _answer(client: Any, address: str, body: dict[str, Any], streams: bool) -> _Got:
     if streams:
         return await _streamed(client, address, body)
     response = await client.post(f"{address}/v1/chat/completions", json=body)
     if response.status_code != 200:
-        return response.status_code, "", response.text[:300]
+        return _Got(response.status_code, "", response.text[:300])
     content = response.json()
-    return 200, content["id"], content["choices"][0]["message"]["content"]
+    text, tokens = content["choices"][0]["message"]["content"], content["usage"]["completion_tokens"]
+    return _Got(200, content["id"], text, tokens)
 
 
-async def _ask(client: Any, address: str, asked: Asked, streams: bool, outcome: Outcome) -> None:
+async def _ask(client: Any, address: str, number: int, asked: Asked, streams: bool, outcome: Outcome) -> None:
     """One request; refused for overload it is sent again, as a client would."""
     for _ in range(_TRIES):
         try:
-            status, name, text = await _answer(client, address, asked.body, streams)
+            got = await _answer(client, address, asked.body, streams)
         except httpx.TransportError as error:
             outcome.failed.append(type(error).__name__)
             return
-        if status != 503:
+        if got.status != 503:
             break
         outcome.refused += 1
         await asyncio.sleep(0.1)
-    if status != 200:
-        outcome.failed.append(f"{status}: {text}")
+    if got.status != 200:
+        outcome.failed.append(f"{got.status}: {got.text}")
         return
-    outcome.ids.add(name)
-    if asked.expected is None or text == asked.expected:
+    outcome.ids.add(got.id)
+    outcome.texts[number] = got.text
+    outcome.tokens += got.tokens
+    if asked.expected is None or got.text == asked.expected:
         outcome.right += 1
     else:
         outcome.wrong += 1
@@ -121,7 +137,8 @@ async def run_load(
             for number, each in waiting:
                 if after is not None:
                     after(number)
-                await _ask(client, address, each, bool(stream_every) and number % stream_every == 0, outcome)
+                streams = bool(stream_every) and number % stream_every == 0
+                await _ask(client, address, number, each, streams, outcome)
 
         began = time.monotonic()
         await asyncio.gather(*(work() for _ in range(concurrency)))
