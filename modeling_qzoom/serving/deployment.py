@@ -56,6 +56,11 @@ def _gpus(config: ServeConfig) -> float:
     return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
+def most_requests(config: ServeConfig) -> int:
+    """Requests that a replica of the model may hold: the batch that runs, the next one, and its queue."""
+    return config.queue_rows + 2 * config.batch_rows
+
+
 def build_app(config: ServeConfig) -> Any:
     """The application, for `serve.run` or `serve run modeling_qzoom.serving.deployment:build_app model=FOLDER`.
 
@@ -66,11 +71,10 @@ def build_app(config: ServeConfig) -> Any:
         ValueError: the variable that should hold the API key is not set.
     """
     options = config.model_dump()
-    per_replica = config.queue_rows + 2 * config.batch_rows
     model = serve.deployment(Replica).options(
         name=MODEL,
         num_replicas=config.replicas,
-        max_ongoing_requests=per_replica,
+        max_ongoing_requests=most_requests(config),
         max_queued_requests=config.queue_rows,
         graceful_shutdown_timeout_s=config.request_seconds,
         health_check_period_s=5,

@@ -9,6 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from hub_release.measure.serving.faults import (
     ended_while_it_answers,
+    memory_over,
     with_a_killed_replica,
     with_clients_that_leave,
 )
@@ -54,9 +55,8 @@ def test_a_server_from_its_start_to_its_end() -> None:
 
         official = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="zoom must be one of"):
-            official.chat.completions.create(
-                **{**asked[0].body, "zoom": None} | {"extra_body": {"zoom": {"zoom": "x"}}}
-            )
+            body = {**asked[0].body, "extra_body": {"zoom": {"zoom": "x"}}}
+            official.chat.completions.create(**{name: body[name] for name in body if name != "zoom"})
 
         told = with_clients_that_leave(server, {**body_of(DEMO.name, "hello", None, n=2), "max_tokens": 1000}, 6)
         assert told["places_still_taken"] == 0
@@ -75,9 +75,7 @@ def test_a_server_from_its_start_to_its_end() -> None:
 @pytest.mark.slow
 def test_memory_stays_flat() -> None:
     """2,000 small requests to one model."""
-    from hub_release.measure.serving.faults import memory_over
-
     asked = mixed_questions(DEMO, 16, side=160)
-    with running(DEMO, "--dtype", "float32", "--gpus", "0", "--in-process") as server:
+    with running(DEMO, *FLAGS, "--in-process") as server:
         told = memory_over(server, asked, 2000, 32)
     assert told["right"] == 2000 and told["mib_grown_since_second"] < 40, told
