@@ -13,7 +13,17 @@ from starlette.requests import ClientDisconnect
 
 from .completions import Completion, broken_off
 from .config import ServeConfig
-from .errors import CLIENT_GONE, OVERLOADED, TOO_LARGE, UNAUTHORIZED, Failure, RequestFailed, failed, failure_of
+from .errors import (
+    CLIENT_GONE,
+    OVERLOADED,
+    REQUEST_TIMEOUT,
+    TOO_LARGE,
+    UNAUTHORIZED,
+    Failure,
+    RequestFailed,
+    failed,
+    failure_of,
+)
 from .events import Answered, Begun, Engine, Event, Prompt, Words
 from .metrics import Metrics
 from .schema import parse_request
@@ -104,7 +114,11 @@ class Api:
         self.admit(request)
         if self.is_draining:
             raise failed(OVERLOADED, "this server is being shut down; try another one.", retry_after=_RETRY_SECONDS)
-        chat = parse_request(await self.body_of(request))
+        try:
+            body = await asyncio.wait_for(self.body_of(request), self.config.request_seconds)
+        except asyncio.TimeoutError:
+            raise failed(REQUEST_TIMEOUT, "the request did not arrive in time; send it again.") from None
+        chat = parse_request(body)
         prompt = await to_prompt(chat, self.config)
         stream = chat.stream_options
         completion = Completion(self.config.name, stream is not None and stream.include_usage)

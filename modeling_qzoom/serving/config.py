@@ -47,6 +47,7 @@ class BatchOptions(BaseModel):
     batch_tokens: int = Field(65536, ge=1, description="most tokens of one batch, rows times the longest of them")
     batch_wait: float = Field(0.005, ge=0, description="seconds that a batch waits for company where nothing runs")
     queue_rows: int = Field(64, ge=1, description="most answers that wait in a replica; beyond it 503 is answered")
+    queue_mib: float = Field(4096.0, gt=0, description="most memory of prompts that wait in a replica, in MiB")
     request_seconds: float = Field(120.0, gt=0, description="seconds after which a request is given up")
     prepare_threads: int = Field(2, ge=1, description="threads of a replica that decode images and tokenize")
 
@@ -58,7 +59,7 @@ class LimitOptions(BaseModel):
     max_choices: int = Field(8, ge=1, description="largest `n`")
     max_messages: int = Field(256, ge=1, description="most messages of a chat")
     max_images: int = Field(16, ge=1, description="most images of a chat")
-    max_pixels: int | None = Field(None, ge=1, description="largest width × height; the processor's limit by default")
+    max_pixels: int = Field(50_000_000, ge=1, description="most pixels of a chat's images, all of them together")
     max_visual_tokens: int = Field(
         16384, ge=1, description="largest budget that a request may set, per image and crop"
     )

@@ -11,7 +11,7 @@ from ..errors_qzoom import InputError
 
 logger = logging.getLogger(__name__)
 
-BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TOO_LARGE = 400, 401, 404, 413
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, REQUEST_TIMEOUT, TOO_LARGE = 400, 401, 404, 408, 413
 CLIENT_GONE = 499  # counted, and told to nobody
 INTERNAL, OVERLOADED, TIMED_OUT = 500, 503, 504
 _KINDS = {

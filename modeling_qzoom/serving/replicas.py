@@ -97,9 +97,13 @@ class ReplicaEngine:
         Raises:
             RequestFailed: 503; none does.
         """
-        with suppress(asyncio.TimeoutError, RayError, RayServeException):
+        try:
             if await asyncio.wait_for(self._handle.is_well.remote(), _CHECK_SECONDS):
                 return
+        except BackPressureError:  # busy, and so alive
+            return
+        except (asyncio.TimeoutError, RayError, RayServeException):
+            pass
         raise failed(OVERLOADED, "no replica of the model answers at present", retry_after=_RETRY_SECONDS)
 
 

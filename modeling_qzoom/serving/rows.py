@@ -1,11 +1,15 @@
 """A prompt as the model takes it, prepared alone, so that bad input is its sender's alone; and rows of one batch."""
 
 import base64
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
 
 from .. import ZoomReport
 from ..asking.chats import stack_features
@@ -39,6 +43,12 @@ class Row:
     max_new_tokens: int
     overlay: bool
 
+    @cached_property
+    def bytes(self) -> int:
+        """Memory of the features."""
+        values = [*self.features.values(), *self.features.get("source_images", [])]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
     @property
     def key(self) -> tuple[ZoomOptions, int]:
         """What rows of one batch have in common: the options of the call, and how often it repeats its rows."""
@@ -54,13 +64,31 @@ class Row:
         return described
 
 
-def _encode(session: Session, prompt: Prompt) -> dict[str, Any]:
+def _check_pixels(images: list[bytes], most: int) -> None:
+    """Checks the size of a chat's images together by their headers, before any is unpacked.
+
+    Raises:
+        InputError: they have too many pixels.
+    """
+    pixels = 0
+    for image in images:
+        with suppress(Exception), Image.open(BytesIO(image)) as opened:  # what cannot be read is named later
+            pixels += opened.width * opened.height
+    if pixels > most:
+        raise InputError(
+            f"the images of this chat have {pixels} pixels together, more than this server grants ({most}). Downscale "
+            "them, or send fewer."
+        )
+
+
+def _encode(session: Session, prompt: Prompt, most_pixels: int) -> dict[str, Any]:
     """The processor's features of one prompt.
 
     Raises:
         InputError: an image that cannot be used, or a chat that the template refuses.
     """
     images = [part["image"] for message in prompt.messages for part in message["content"] if part["type"] == "image"]
+    _check_pixels(images, most_pixels)
     shown = [
         {
             "role": message["role"],
@@ -114,7 +142,7 @@ def prepare_row(session: Session, config: ServeConfig, prompt: Prompt) -> Row:
     model = session.model
     defaults = model.generation_config
     options = resolve_options(prompt.zoom, [defaults], model.config, mrope=model.config.backbone.mrope)
-    features = _encode(session, prompt)
+    features = _encode(session, prompt, config.max_pixels)
     length = features["input_ids"].shape[1]
     zooms = options.zoom != "never" and "source_images" in features
     crop = (options.crop_max_tokens or session.processor.max_tokens or 0) if zooms else 0

@@ -24,6 +24,7 @@ class BatchQueue:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._admitted = 0  # answers that wait, those still being prepared included
+        self._bytes = 0  # of the jobs' prompts
         self._batch_seconds = 0.0
         self._ended = False
 
@@ -40,10 +41,14 @@ class BatchQueue:
         """
         with self._changed:
             if self._ended or (self._admitted and self._admitted + answers > self._options.queue_rows):
-                batches = 1 + self._admitted // self._options.batch_rows
-                seconds = min(max(batches * self._batch_seconds, _FASTEST_RETRY), _SLOWEST_RETRY)
-                raise RequestFailed(overloaded(seconds))
+                raise self._refusal()
             self._admitted += answers
+
+    def _refusal(self) -> RequestFailed:
+        """What is answered to whoever finds no place, with the time after which there should be one."""
+        batches = 1 + self._admitted // self._options.batch_rows
+        seconds = min(max(batches * self._batch_seconds, _FASTEST_RETRY), _SLOWEST_RETRY)
+        return RequestFailed(overloaded(seconds))
 
     def give_back(self, answers: int) -> None:
         """Returns places that were taken for a request that will not run."""
@@ -52,20 +57,32 @@ class BatchQueue:
             self._changed.notify_all()
 
     def put(self, job: Job) -> None:
-        """Adds a prepared job, whose places were taken before."""
+        """Adds a prepared job, whose places were taken before.
+
+        Raises:
+            RequestFailed: 503; the prompts that wait fill the memory that they may have. Its places are free again.
+        """
         with self._changed:
-            self._jobs.append(job)
             self._changed.notify_all()
+            if self._jobs and self._bytes + job.row.bytes > self._options.queue_mib * 2**20:
+                self._admitted -= len(job.choices)
+                raise self._refusal()
+            self._jobs.append(job)
+            self._bytes += job.row.bytes
 
     def remove(self, job: Job) -> bool:
         """Takes a job out that nobody waits for any more; False where it runs already."""
         with self._changed:
             if job not in self._jobs:
                 return False
-            self._jobs.remove(job)
-            self._admitted -= len(job.choices)
+            self._drop(job)
             self._changed.notify_all()
             return True
+
+    def _drop(self, job: Job) -> None:
+        self._jobs.remove(job)
+        self._admitted -= len(job.choices)
+        self._bytes -= job.row.bytes
 
     def took(self, seconds: float) -> None:
         """Notes how long a batch ran, from which the time of a next try is told."""
@@ -87,8 +104,7 @@ class BatchQueue:
                     missing = self._jobs[0].queued + self._options.batch_wait - now
                     if is_full or missing <= 0 or self._ended:
                         for job in batch:
-                            self._jobs.remove(job)
-                            self._admitted -= len(job.choices)
+                            self._drop(job)
                         return batch
                     self._changed.wait(missing)
                 elif self._ended and not self._admitted:  # admitted and still being prepared: it will come

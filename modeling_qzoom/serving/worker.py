@@ -36,8 +36,6 @@ class Worker:
     def __init__(self, session: Session, config: ServeConfig) -> None:
         self.session, self.config = session, config
         self.queue = BatchQueue(config)
-        if config.max_pixels is not None:
-            session.processor.max_source_pixels = config.max_pixels
         self._threads = ThreadPoolExecutor(config.prepare_threads, thread_name_prefix="prepare")
         self._failures = 0
         self._runner = threading.Thread(target=self._run, name="generate", daemon=True)
@@ -87,7 +85,11 @@ class Worker:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(prompt, row, self.session.processor.tokenizer, tell, arrived)
-        self.queue.put(job)
+        try:
+            self.queue.put(job)
+        except RequestFailed as error:
+            yield error.failure
+            return
         try:
             while True:
                 left = arrived + self.config.request_seconds - time.monotonic()

@@ -112,7 +112,8 @@ def test_images_that_are_too_many_or_too_large(served) -> None:
     import openai
 
     page = pages(4)[0][0]
-    for images, message in (([page.resize((40, 40))] * 3, "images: 3"), ([page.resize((2001, 2000))], "max_source")):
+    cases = [([page.resize((40, 40))] * 3, "images: 3"), ([page.resize((2001, 2000))], "4002000 pixels")]
+    for images, message in cases:
         with pytest.raises(openai.BadRequestError) as caught:
             client(served[0]).chat.completions.create(**body(question("what?", *images)))
         assert message in caught.value.body["message"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from modeling_qzoom.serving.config import BatchOptions
 from modeling_qzoom.serving.errors import RequestFailed
@@ -20,9 +21,10 @@ def queue(**options) -> BatchQueue:
     return BatchQueue(BatchOptions(**{"batch_rows": 4, "batch_wait": 0, "queue_rows": 8, **options}))
 
 
-def job(answers: int = 1, tokens: int = 10, **options) -> Job:
+def job(answers: int = 1, tokens: int = 10, mib: int = 0, **options) -> Job:
     draws = [Draw(0.0, 1.0, 0, 0)] * answers
-    row = Row({}, replace(ZoomOptions(), **options), draws, tokens, 2, False)
+    features = {"source_images": [torch.zeros(mib, 2**20, dtype=torch.uint8)]}
+    row = Row(features, replace(ZoomOptions(), **options), draws, tokens, 2, False)
     return Job(Prompt([], choices=answers), row, SimpleNamespace(), lambda event: None, 0.0)
 
 
@@ -65,6 +67,17 @@ def test_what_exceeds_the_queue_is_refused_with_a_time_for_the_next_try() -> Non
     waiting.admit(4)
     waiting.give_back(4)
     assert waiting.waiting == 4
+
+
+def test_prompts_that_wait_are_bounded_in_memory() -> None:
+    waiting = queue(queue_mib=10)
+    put(waiting, job(mib=20))  # alone it may be as large as a request may be
+    with pytest.raises(RequestFailed):
+        put(waiting, job(mib=1))
+    assert waiting.waiting == 1
+    waiting.take()
+    put(waiting, job(mib=6), job(mib=3))
+    assert waiting.waiting == 2
 
 
 def test_whoever_leaves_frees_the_place() -> None:
