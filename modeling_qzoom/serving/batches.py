@@ -77,3 +77,7 @@ def run_batch(session: Session, jobs: list[Job]) -> None:
         stopping_criteria=StoppingCriteriaList([watcher]),
         zoom_reports=reports,
     )
+    for job, report in zip(jobs, reports, strict=True):
+        if not job.closed:  # something of the checkpoint's generation config ended the batch, such as max_time
+            job.cut_short()
+            job.finish(report)

@@ -87,6 +87,15 @@ class Job:
             self._send(Words(index, words))
         return choice.finish_reason is not None
 
+    def cut_short(self) -> None:
+        """Ends the answers that are not complete."""
+        for index, choice in enumerate(self.choices):
+            if choice.finish_reason is None:
+                words = choice.text.close()
+                choice.finish_reason = STOP if choice.text.stopped else LENGTH
+                if words and self.prompt.stream:
+                    self._send(Words(index, words))
+
     def is_complete(self) -> bool:
         """Whether all answers have ended."""
         return all(choice.finish_reason is not None for choice in self.choices)

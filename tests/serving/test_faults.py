@@ -12,7 +12,7 @@ from huggingface_hub.utils import httpx
 from modeling_qzoom.serving import batches, worker
 from modeling_qzoom.serving.app import build_api
 from modeling_qzoom.serving.events import Begun, Words
-from tests.serving.loopback import body, client, demo_config, listening, pages, question, serving
+from tests.serving.loopback import body, client, demo_config, demo_session, listening, pages, question, serving
 
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -182,6 +182,13 @@ def test_what_was_accepted_is_answered_while_a_server_drains(held) -> None:
         thread.join()
         assert answers[0].status_code == 200
         asyncio.run(engine.close())
+
+
+def test_an_answer_that_the_checkpoints_own_limits_cut_short_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(demo_session().model.generation_config, "max_time", 0.0)
+    with serving() as (address, engine):
+        answer = post(address, LONG).json()
+        assert answer["usage"]["completion_tokens"] == 1 and answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_metrics_count_what_happened() -> None:
