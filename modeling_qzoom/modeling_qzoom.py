@@ -1,7 +1,7 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
 
@@ -17,6 +17,7 @@ from .backbone_adapters_qzoom import no_adapters_left
 from .backbone_cache_qzoom import CACHE, given_cache, name_cache, notes_of, write_notes
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
+from .errors_qzoom import InputError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
@@ -291,6 +292,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         region_min_peak: float | None = None,
         region_min_contrast: float | None = None,
         return_zoom_reports: bool | None = None,
+        zoom_reports: list[ZoomReport] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -316,12 +318,15 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_min_peak: smallest peak of a heat map that is zoomed into.
             region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+            zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
+                for streamers and stopping criteria.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
+                reports that is not empty.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         call_options = {
@@ -342,6 +347,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if zoom_reports:
+            raise InputError("zoom_reports must be an empty list, which the call fills; pass a new one to each call.")
         with no_adapters_left(self):
             options = resolve_options(call_options, configs, self.config, mrope=self.config.backbone.mrope)
             has_reports = resolve_reports(return_zoom_reports, configs)
@@ -350,7 +357,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             name_cache(kwargs)
             request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
             if request is not None:
+                request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request
+            elif zoom_reports is not None and input_ids is not None:
+                zoom_reports += plain_reports(self.config, input_ids, "off")
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if has_reports:
             outputs["zoom_reports"] = self._reports(request, input_ids, kwargs.get("inputs_embeds"), outputs)

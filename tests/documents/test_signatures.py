@@ -52,7 +52,7 @@ SIGNATURES = {
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
-        "return_zoom_reports=None, **kwargs)"
+        "return_zoom_reports=None, zoom_reports=None, **kwargs)"
     ),
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
