@@ -1,7 +1,7 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
 
@@ -18,7 +18,7 @@ from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, no
 from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import UnsupportedError
+from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
@@ -320,6 +320,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         keep_margin: int | None = None,
         skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
+        zoom_reports: list[ZoomReport] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -349,12 +350,15 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_min_peak: smallest peak of a heat map that is zoomed into.
             region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+            zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
+                for streamers and stopping criteria.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
+                reports that is not empty.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         arguments = locals()  # every option is an argument of its name
@@ -362,6 +366,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if zoom_reports:
+            raise InputError("zoom_reports must be an empty list, which the call fills; pass a new one to each call.")
         with no_adapters_left(self):
             options = resolve_options(call_options, configs, self.config, mrope=self.config.backbone.mrope)
             has_reports = resolve_reports(return_zoom_reports, configs)
@@ -370,7 +376,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             name_cache(kwargs)
             request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
             if request is not None:
+                request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request
+            elif zoom_reports is not None and input_ids is not None:
+                zoom_reports += plain_reports(self.config, input_ids, "off")
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if has_reports:
             outputs["zoom_reports"] = self._reports(request, input_ids, kwargs.get("inputs_embeds"), outputs)
