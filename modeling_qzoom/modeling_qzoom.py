@@ -18,6 +18,7 @@ from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, no
 from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
+from .cost_prediction_qzoom import QZoomCostMixin
 from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
@@ -88,7 +89,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
 
 
-class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
+class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
     def __init__(self, config: QZoomConfig) -> None:

@@ -14,6 +14,7 @@ from modeling_qzoom import (
     QZoomProcessor,
     ZoomReport,
     overlay,
+    zoom_cost,
 )
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
@@ -32,6 +33,8 @@ CALLABLES: dict[str, Callable] = {
     "QZoomProcessor.from_backbone": QZoomProcessor.from_backbone,
     "ZoomReport.overlay": ZoomReport.overlay,
     "overlay": overlay,
+    "zoom_cost": zoom_cost,
+    "QZoomForConditionalGeneration.zoom_cost": QZoomForConditionalGeneration.zoom_cost,
 }
 PUBLIC = [
     "CheckpointError",
@@ -42,11 +45,21 @@ PUBLIC = [
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 # parameters in order; those after "*" are keywords
 SIGNATURES = {
+    "zoom_cost": (
+        "(config, image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, "
+        "crop_tokens=None, box=None, generation_configs=(), **options)"
+    ),
+    "QZoomForConditionalGeneration.zoom_cost": (
+        "(image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, crop_tokens=None, "
+        "box=None, **options)"
+    ),
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
