@@ -14,7 +14,7 @@ LARGEST = 1 / 19
 """Width of the largest digits on a page of mixed print sizes, as a share of the page."""
 LEGIBLE = 1 / 30
 """Width of a digit from which on the coarse view is taken to show it, as a share; the witness measures it."""
-LINE_PITCH, HEAD = 2.4, 2.2
+LINE_PITCH, HEAD = 2.4, 2.4
 """Height of a line of small print in widths of a digit, and of a heading in widths of its letters."""
 _RULE = (150,) * 3
 
