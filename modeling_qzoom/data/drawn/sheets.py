@@ -12,8 +12,10 @@ from .pages import Canvas, Entry, Page, PageSettings, Style, to_box, union
 
 LARGEST = 1 / 19
 """Width of the largest digits on a page of mixed print sizes, as a share of the page."""
-LEGIBLE = 1 / 30
-"""Width of a digit from which on the coarse view is taken to show it, as a share; the witness measures it."""
+LEGIBLE = 1 / 80
+"""Width of a digit, as a share, at which `evaluation.witness` reads half of the codes at 64 tokens."""
+LONG_CODES = 1 / 40
+"""Width of a digit up to which codes may have more than three characters."""
 LINE_PITCH, HEAD = 2.4, 2.4
 """Height of a line of small print in widths of a digit, and of a heading in widths of its letters."""
 _RULE = (150,) * 3
@@ -124,7 +126,7 @@ def draw_sizes(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
     sizes = _print_sizes(canvas, settings, count)
     for word, share, (left, top, _, tall) in zip(words, sizes, cells_of(canvas, 1, count), strict=True):
         width, middle = share * canvas.long, top + tall / 2
-        text = canvas.new_code(short=share > LEGIBLE)
+        text = canvas.new_code(short=share > LONG_CODES)
         slack = 0.52 * page_width - canvas.text_span(text, width)
         x_value = left + (0.04 if layout == "left" else 0.44) * page_width + rng.uniform(0, max(0.0, slack))
         mark = canvas.word(word, left + (0.6 if layout == "left" else 0.04) * page_width, middle, letter)
