@@ -33,6 +33,7 @@ HERE = ("DejaVu Sans", "DejaVu Serif", "Aileron", "STIX General", "DejaVu Sans M
 # smaller pages, in larger print
 VARIED = PageSettings((800, 1000), digit_width=(1 / 66, 1 / 58), variety="varied", typefaces=HERE)
 LETTERED = dataclasses.replace(VARIED, codes="letters")
+TINY = (300, 320)
 EVERY_PAGE = [(kind, split, seed) for kind in VARIED_KINDS for split in ("test", "shifted") for seed in range(2)]
 # drawn before there were varied pages
 PLAIN_SIZE = (1230, 1166)
@@ -113,10 +114,11 @@ def test_boxes_follow_a_turned_page(degrees: float) -> None:
 
 
 def test_test_pages_have_layouts_that_training_never_shows() -> None:
+    settings = dataclasses.replace(VARIED, side=TINY)
     for kind in ("table", "columns", "sizes"):
         found = {}
         for split in ("train", "validation", "test"):
-            drawn = [draw_page(seed, VARIED, kind, split) for seed in range(12)]
+            drawn = [draw_page(seed, settings, kind, split) for seed in range(12)]
             # a table has two layouts, each with its own share of the pairs of first labels
             found[split] = {tuple(entry.word for entry in page.entries[:2]) for page in drawn}
         if kind != "table":
@@ -134,7 +136,7 @@ def test_typefaces_of_shifted_pages_are_not_trained_on() -> None:
 
 def test_split_decides_the_typeface(monkeypatch) -> None:
     used: dict[str, set] = {}
-    plain_settings = PAGE_SETTINGS["varied"]
+    settings = dataclasses.replace(PAGE_SETTINGS["varied"], side=TINY)
     stand_in = load_font(None, 20)
     for split in SPLITS:
         names = used.setdefault(split, set())
@@ -142,7 +144,7 @@ def test_split_decides_the_typeface(monkeypatch) -> None:
         monkeypatch.setattr(Look, "font_size", lambda self, width: 20)
         monkeypatch.setattr("modeling_qzoom.data.drawn.looks.digit_shape", lambda name: (0.57, 0.7))
         for seed in range(12):
-            draw_page(seed, plain_settings, "form", split)
+            draw_page(seed, settings, "form", split)
     for split, names in used.items():
         allowed = {font for name in typefaces_of(split) for font in TYPEFACES[name].fonts}
         assert names <= allowed and len(names) > 2

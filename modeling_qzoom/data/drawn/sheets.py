@@ -115,7 +115,10 @@ def _print_sizes(canvas: Canvas, settings: PageSettings, count: int) -> list[flo
 
 
 def draw_sizes(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
-    """Fields whose values are printed in any size, from small print to headlines; labels are large."""
+    """Fields whose values are printed in any size, from small print to headlines; labels are large.
+
+    What the settings call small print counts as illegible even where they make it larger than `LEGIBLE`.
+    """
     rng, page_width = canvas.rng, canvas.image.width
     layout = "left" if style.shifted else "right"
     count = _entry_count(canvas, settings)
@@ -123,7 +126,7 @@ def draw_sizes(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
     bar = top_bar(canvas)
     letter = canvas.fitting(words, canvas.long * rng.uniform(*LETTER), 0.36 * page_width)
     entries = []
-    sizes = _print_sizes(canvas, settings, count)
+    sizes, legible = _print_sizes(canvas, settings, count), max(LEGIBLE, settings.digit_width[1])
     for word, share, (left, top, _, tall) in zip(words, sizes, cells_of(canvas, 1, count), strict=True):
         width, middle = share * canvas.long, top + tall / 2
         text = canvas.new_code(short=share > LONG_CODES)
@@ -131,5 +134,5 @@ def draw_sizes(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
         x_value = left + (0.04 if layout == "left" else 0.44) * page_width + rng.uniform(0, max(0.0, slack))
         mark = canvas.word(word, left + (0.6 if layout == "left" else 0.04) * page_width, middle, letter)
         printed = canvas.code(x_value, middle, width, canvas.ink(), text)
-        entries.append(labelled_entry(word, mark, printed, width, large=share >= LEGIBLE))
+        entries.append(labelled_entry(word, mark, printed, width, large=share > legible))
     return Page("sizes", canvas.image, tuple(entries), bar, absent)
