@@ -59,6 +59,10 @@ class TokenGrid(ABC):
         """
 
     @abstractmethod
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        """The pixel values of a batch by image; joined along their first dimension they are the batch's again."""
+
+    @abstractmethod
     def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
         """(height, width) in pixels that a region of `height` × `width` source pixels is resized to.
 
@@ -104,6 +108,10 @@ class NativeGrid(TokenGrid):
                 "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
             )
         return []
+
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        assert image_grid_thw is not None  # `token_grids` has refused images without
+        return list(pixel_values.split(image_grid_thw.prod(1).tolist()))
 
     def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
         """Whole tokens, nearest to the native size within the budget (the resize rule of Qwen's image processors)."""
@@ -165,6 +173,9 @@ class FixedGrid(TokenGrid):
                 "has."
             )
         return [(height, width)] * (image_tokens // (height * width))
+
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        return list(pixel_values.split(1))
 
     def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
         """The longer side fills the square."""

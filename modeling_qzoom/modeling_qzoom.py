@@ -30,6 +30,8 @@ from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_page_call_qzoom import QZoomPageMixin
+from .zoom_pages_qzoom import Page
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -88,7 +90,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
 
 
-class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
+class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPageMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
     def __init__(self, config: QZoomConfig) -> None:
@@ -315,6 +317,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         keep_margin: int | None = None,
         skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
+        page: Page | Sequence[Page | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -337,14 +340,19 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             gate_branch, region_branch: `"full"`, or `"light"`: visual tokens stay as they are in the branch's layers.
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
-            skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            skip_unread: leaves tokens that nobody reads out of the prefill's last layer, and runs what several rows
+                begin with (tokens up to an image's end, and the images) once; results change by rounding.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+            page: what `read_page` returned for the beginning of the prompts, or a list with one (or None) per row. Its
+                images and tokens do not run again; results change by rounding, also with `zoom="never"`, which then
+                answers every row from the coarse view. The inputs are those of a call without a page.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a prompt that
+                does not begin with its page.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         call_options = {
@@ -371,7 +379,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             if has_reports:
                 require_dict_output(kwargs)
             name_cache(kwargs)
-            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
+            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs, page)
             if request is not None:
                 kwargs[REQUEST] = request
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
