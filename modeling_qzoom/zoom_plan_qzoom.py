@@ -80,6 +80,8 @@ def plan_zoom(
     refuse_zoomed_cache(cache)
     if input_ids is not None and embeds is None:
         check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    if isinstance(page, (list, tuple)) and all(entry is None for entry in page):
+        page = None
     if page is not None and (input_ids is None or embeds is not None):
         raise InputError("page: which tokens a prompt begins with is seen from input_ids only; pass them.")
     is_plain = options.zoom == "never" and page is None
@@ -111,7 +113,7 @@ def plan_zoom(
     if options.zoom != "never":
         sources = collect_sources(source_images, spans)
         request = replace(request, sources=sources, grid_boxes=collect_grid_boxes(source_boxes, len(sources)))
-    return _with_beginnings(model, request, page, Prompts.of(model.config, input_ids, mask, spans, kwargs))
+    return _with_beginnings(model, request, page, input_ids, mask, kwargs)
 
 
 def _plain_request(
@@ -136,8 +138,19 @@ def _repeats(configs: Sequence[GenerationConfig], kwargs: dict[str, Any]) -> int
     return max(count for count in (1, *counts) if isinstance(count, int))
 
 
-def _with_beginnings(model: ZoomModel, request: ZoomRequest, page: Any, prompts: Prompts) -> ZoomRequest:
+def _with_beginnings(
+    model: ZoomModel,
+    request: ZoomRequest,
+    page: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> ZoomRequest:
     """The request with what its rows need not run themselves: pages, and beginnings that they share.
+
+    Args:
+        input_ids, attention_mask: (B, N), checked.
+        kwargs: keyword arguments of `generate`, checked.
 
     Raises:
         InputError: a prompt that does not begin with its page, or a page that this model has not read.
@@ -148,10 +161,15 @@ def _with_beginnings(model: ZoomModel, request: ZoomRequest, page: Any, prompts:
             "page: adapter_names and activated LoRA give every row layers of its own, but a page was read with one "
             "set of weights; leave page out."
         )
-    pages: list[Page | None] = [None] * len(request.spans)
+    rows = len(input_ids)
+    may_share = rows > 1 and request.adapters is None and request.options.skips_unread
+    if page is None and not may_share:
+        return request
+    prompts = Prompts.of(model.config, input_ids, attention_mask, request.spans, kwargs)
+    pages: list[Page | None] = [None] * rows
     if page is not None:
         pages = pages_by_row(model, page, prompts)
-    if request.adapters is not None or not request.options.skips_unread:
+    if not may_share:
         return replace(request, pages=pages)
     alone = [row for row, read in enumerate(pages) if read is None]
     shared, same_images = shared_beginnings(prompts, alone)
