@@ -141,7 +141,7 @@ class QZoomGenerationMixin(GenerationMixin):
         check_padding(mask)  # generate may have inferred it from pad tokens
         distinct = range(0, len(input_ids), repeat)
         with run_rows(request.adapters, range(len(distinct))):
-            run_prefill = plain_prefill if request.options.zoom == "never" else zoom_prefill
+            run_prefill = plain_prefill if request.is_plain else zoom_prefill
             prefill = run_prefill(
                 self,
                 request,

@@ -63,6 +63,11 @@ class ZoomRequest:
     encoder_outputs: dict[str, VisualFeatures] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row may zoom, or knows any of its tokens."""
+        return self.options.zoom == "never" and not any(self.pages)
+
     def pick(self, rows: list[int]) -> "ZoomRequest":
         """The part of the request that some rows are concerned with, in a call without videos or adapters by row."""
         spans = [self.spans[row] for row in rows]
