@@ -71,7 +71,8 @@ class ZoomRequest:
     def pick(self, rows: list[int]) -> "ZoomRequest":
         """The part of the request that some rows are concerned with, in a call without videos or adapters by row."""
         spans = [self.spans[row] for row in rows]
-        features = {"image": self.encoder_outputs["image"].pick([span.index for row in spans for span in row])}
+        images = [span.index for row in spans for span in row]
+        features = {"image": self.encoder_outputs["image"].pick(images)} if images else {}
         return replace(self, spans=spans, encoder_outputs=features)
 
     def unread_images(self) -> list[int] | None:
