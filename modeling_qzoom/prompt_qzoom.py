@@ -213,7 +213,7 @@ def embed_prompt(
         if features is None:
             continue
         mask = torch.eq(input_ids, cast(int, token_id))  # (B, N)
-        flat = torch.cat(features.embeds).to(embeds.device, embeds.dtype)  # (n, D)
+        flat = torch.cat([part.to(embeds.device, embeds.dtype) for part in features.embeds])  # (n, D)
         if int(mask.sum()) != len(flat):
             raise InputError(mismatch(kind, int(mask.sum()), len(flat)))
         embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), flat)
@@ -226,8 +226,8 @@ def embed_prompt(
         first = parts[0][1].deepstack[level][0]  # (n, D)
         joint = first.new_zeros(int(visual.sum()), first.shape[-1])
         for mask, features in parts:
-            flat = torch.cat(features.deepstack[level])
-            joint[mask[visual].to(joint.device)] = flat.to(joint.device)
+            flat = torch.cat([part.to(joint.device) for part in features.deepstack[level]])
+            joint[mask[visual].to(joint.device)] = flat
         levels.append(joint)
     return embeds, DeepStack(levels, visual)
 

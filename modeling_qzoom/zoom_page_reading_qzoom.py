@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone_cache_qzoom import Past
 from .backbone_plans_qzoom import LayerPlan, frozen_plan, keys_only_plan
+from .backbone_projections_qzoom import device_of
 from .prompt_qzoom import VisualFeatures
 from .rows_qzoom import Positions, length_mask, pad_left
 from .zoom_branch_plans_qzoom import visual_tokens
@@ -178,13 +179,13 @@ def _completed(known: Known, lacks: Callable[[Page], bool], read: Callable[[list
 def _lay_out(model: ZoomModel, beginnings: Sequence[Beginning]) -> CoarseView:
     """Beginnings in front of layer 0, left-padded."""
     lengths = [len(beginning.input_ids) for beginning in beginnings]
-    length = max(lengths)
+    length, device = max(lengths), device_of(model.get_input_embeddings(), beginnings[0].input_ids.device)
     return lay_out(
         model,
-        pad_left([beginning.input_ids for beginning in beginnings], length),
-        length_mask(lengths, length, beginnings[0].input_ids.device),
+        pad_left([beginning.input_ids.to(device) for beginning in beginnings], length),
+        length_mask(lengths, length, device),
         {"image": VisualFeatures.join([beginning.images for beginning in beginnings])},
-        Positions.stack([beginning.positions for beginning in beginnings], length),
+        Positions.stack([beginning.positions.to(device) for beginning in beginnings], length),
         DynamicCache(),
     )
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from .backbone_cache_qzoom import layer_states, set_layer_states
+from .backbone_projections_qzoom import device_of
 from .prompt_qzoom import VisualFeatures
 from .rows_qzoom import length_mask, pad_left
 from .zoom_model_state_qzoom import ModelState
@@ -187,16 +188,10 @@ class Known:
             part: the pages' keys and values of these layers.
         """
         for number, layer in enumerate(layers):
-            device = _device_of(layer, self.pages[0].device)
+            device = device_of(layer, self.pages[0].device)
             keys = self.join(lambda page, number=number: part(page)[number][0], device, dim=1)  # type: ignore[misc]
             values = self.join(lambda page, number=number: part(page)[number][1], device, dim=1)  # type: ignore[misc]
             set_layer_states(cache, layer.self_attn.layer_idx, keys, values)
-
-
-def _device_of(layer: nn.Module, default: torch.device) -> torch.device:
-    """A layer's device; offloaded layers, which are on none, run on the default one."""
-    weight = next(layer.parameters(), None)
-    return default if weight is None or weight.is_meta else weight.device
 
 
 def row_states(

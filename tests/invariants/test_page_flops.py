@@ -69,7 +69,7 @@ class Form:
         return decoder + self.gate(own, prompt) + self.head()
 
     def zoomed(self, own: int, prompt: int, visual: int, inserted: int) -> int:
-        """A question that zooms, without its crop's vision tower: the crop stands between the page and the question."""
+        """A question that zooms, without its crop's vision tower; the crop stands behind the page."""
         chunk, fused = inserted + own, inserted + prompt
         first = self.lower * self.layer(own, prompt) + self.gate(own, prompt)
         region = (self.depth - 1) * self.layer(own, prompt) + self.scorer(visual, prompt)

@@ -1,7 +1,13 @@
 """A page changes what runs, not what comes out: rows that begin alike, and calls that continue from `read_page`."""
 
+import gc
 import random
+import threading
+import weakref
 from collections import Counter
+from dataclasses import is_dataclass
+from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,17 +133,27 @@ def test_beams_and_samples_continue_from_a_page(family, decoding):
 def test_a_page_is_not_changed_by_the_calls_that_use_it(family):
     model = tiny_model(family)
     page, again = (model.read_page(**make_inputs(family, page_rows(1))) for _ in range(2))
-    before = [tensor.clone() for tensor in reading_tensors(page)]
+    before = [tensor.clone() for tensor in tensors_of(page)]
     for options in ({"zoom": "always"}, {"zoom": "always", "keep_share": 0.2}, {"zoom": "auto", "gate_threshold": 2}):
         run(model, make_inputs(family, page_rows()), page=page, **ZOOM, **options)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(reading_tensors(page), before, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors_of(page), before, strict=True))
     assert page.nbytes == again.nbytes == sum(tensor.nbytes for tensor in before)
 
 
-def reading_tensors(page) -> list[torch.Tensor]:
-    from modeling_qzoom.zoom_pages_qzoom import _tensors
+def tensors_of(value) -> list[torch.Tensor]:
+    """All tensors in dataclasses, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = vars(value).values() if is_dataclass(value) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
-    return _tensors(page)
+
+def assert_same_rows(batch, other) -> None:
+    """`assert_same_row` for all rows of two batches."""
+    for row, report in enumerate(other.zoom_reports):
+        logits = [step[row : row + 1] for step in other.logits]
+        alone = SimpleNamespace(sequences=other.sequences[row : row + 1], logits=logits, zoom_reports=[report])
+        assert_same_row(batch, row, alone)
 
 
 @families
@@ -194,10 +210,7 @@ def test_a_row_may_hide_tokens_behind_its_page(family):
     options = {"zoom": "auto", "gate_threshold": 0, **ZOOM}
     alone = run(model, inputs, skip_unread=False, **options)
     for shared in (run(model, inputs, **options), run(model, inputs, page=page, **options)):
-        for row in range(2):
-            single = type(alone)(sequences=alone.sequences[row : row + 1], logits=[l[row : row + 1] for l in alone.logits])
-            single["zoom_reports"] = alone.zoom_reports[row : row + 1]
-            assert_same_row(shared, row, single)
+        assert_same_rows(shared, alone)
 
 
 @families
@@ -218,27 +231,98 @@ def test_skip_unread_off_runs_every_row_by_itself(family, monkeypatch):
 
 
 @families
-def test_the_vision_tower_sees_a_shared_image_once(family):
+def test_the_vision_tower_sees_a_shared_image_once(family, monkeypatch):
     model = tiny_model(family)
-    counts = []
-    hook = model.vlm.base_model.vision_tower if hasattr(model.vlm.base_model, "vision_tower") else None
-    tower = hook or model.vlm.base_model.visual
-    handle = tower.register_forward_pre_hook(lambda module, args, kwargs: counts.append(_pixels(args, kwargs)), with_kwargs=True)
-    single = make_inputs(family, page_rows(1))
-    page = model.read_page(**single)
-    own = counts.pop()
-    for inputs, options, expected in (
-        (make_inputs(family, page_rows()), {}, [own]),
-        (make_inputs(family, page_rows()), {"page": page}, []),
-        (make_inputs(family, [*page_rows(), Row(["see ", None, "?"], [(3, 4)], seed=2)]), {}, [2 * own]),
-        (make_inputs(family, [*page_rows(1), Row(["see ", None, "?"], [(3, 4)], seed=2)]), {"page": [page, None]}, [own]),
+    seen: list[int] = []
+    encode = model.vlm.base_model.get_image_features
+
+    @wraps(encode)
+    def record(pixel_values, *args, **kwargs):
+        seen.append(pixel_values.numel())
+        return encode(pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(model.vlm.base_model, "get_image_features", record)
+    page = model.read_page(**make_inputs(family, page_rows(1)))
+    own = seen.pop()
+    other = Row(["see ", None, "?"], [(3, 4)], seed=2)
+    for rows, options, expected in (
+        (page_rows(), {}, [own]),
+        (page_rows(), {"page": page}, []),
+        ([*page_rows(), other], {}, [2 * own]),
+        ([*page_rows(1), other], {"page": [page, None]}, [own]),
+        (page_rows(), {"skip_unread": False}, [3 * own]),
     ):
-        run(model, inputs, zoom="auto", gate_threshold=2, **options)
-        assert counts == expected
-        counts.clear()
-    handle.remove()
+        run(model, make_inputs(family, rows), zoom="auto", gate_threshold=2, **options)
+        assert seen == expected
+        seen.clear()
 
 
-def _pixels(args, kwargs) -> int:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    return tensors[0].numel()
+@families
+def test_two_threads_share_a_page(family):
+    model = tiny_model(family)
+    page = model.read_page(**make_inputs(family, page_rows(1)))
+    calls = [({"zoom": "always"}, 2), ({"zoom": "auto", "gate_threshold": 2}, 3), ({"zoom": "never"}, 1)]
+    calls += [({"zoom": "always", "keep_share": 0.3, "gate_branch": "light", "region_branch": "light"}, 3)]
+    calls = [({**ZOOM, **options}, make_inputs(family, page_rows(count))) for options, count in calls]
+    alone = [run(model, inputs, page=page, **options) for options, inputs in calls]
+    results: list = []
+
+    def work(shift: int) -> None:
+        for number in range(2 * len(calls)):
+            index = (number + shift) % len(calls)
+            options, inputs = calls[index]
+            try:
+                results.append((index, run(model, inputs, page=page, **options)))
+            except Exception as error:
+                results.append((index, error))
+
+    threads = [threading.Thread(target=work, args=(shift,)) for shift in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(results) == 4 * len(calls)
+    for index, result in results:
+        assert not isinstance(result, Exception), result
+        assert_same_rows(result, alone[index])
+
+
+@families
+def test_nothing_is_kept_on_the_model(family):
+    model = tiny_model(family)
+    inputs = make_inputs(family, page_rows())
+    page = model.read_page(**make_inputs(family, page_rows(1)))
+    run(model, inputs, page=page, zoom="always", **ZOOM)
+    hidden = weakref.ref(page.hidden)
+    del page
+    gc.collect()
+    assert hidden() is None
+
+
+@families
+def test_static_caches_continue_from_a_page(family):
+    model = tiny_model(family)
+    page = model.read_page(**make_inputs(family, page_rows(1)))
+    inputs = make_inputs(family, page_rows())
+    for options in ({"zoom": "always"}, {"zoom": "auto", "gate_threshold": 2}):
+        grown = run(model, inputs, page=page, **ZOOM, **options)
+        static = run(model, inputs, page=page, cache_implementation="static", disable_compile=True, **ZOOM, **options)
+        assert_same_rows(static, grown)
+
+
+@families
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_page_waits_on_another_device(family, device):
+    model = tiny_model(family).to(device)
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in make_inputs(family, page_rows()).items()
+    }
+    alone = {name: value.to(device) for name, value in plain_inputs(make_inputs(family, page_rows(1))).items()}
+    page = model.read_page(**alone)
+    waiting = page.to("cpu")
+    assert waiting.device.type == "cpu" and page.device.type == device and waiting.nbytes == page.nbytes
+    for options in ({"zoom": "always"}, {"zoom": "auto", "gate_threshold": 0, "gate_branch": "light"}):
+        expected = run(model, inputs, page=page, **ZOOM, **options)
+        for stored in (waiting, waiting.to(device)):
+            assert_same_rows(run(model, inputs, page=stored, **ZOOM, **options), expected)
