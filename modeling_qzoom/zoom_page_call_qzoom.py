@@ -20,6 +20,9 @@ from .zoom_page_reading_qzoom import read_completely, read_pages
 from .zoom_pages_qzoom import Beginning, Page
 
 
+_VIDEO = "read_page: the prompt holds a video; only images can be read ahead."
+
+
 @torch.no_grad()
 def _page_of_prompt(
     model: ZoomModel, options: ZoomOptions, input_ids: Any, attention_mask: Tensor | None, vision: dict[str, Any]
@@ -42,11 +45,9 @@ def _page_of_prompt(
     check_padding(attention_mask)
     prompts = Prompts.of(model.config, input_ids, attention_mask, spans, vision)
     if prompts.videos:
-        raise UnsupportedError("read_page: the prompt holds a video; only images can be read ahead.")
-    if not spans[0]:
+        raise UnsupportedError(_VIDEO)
+    if not spans[0] or prompts.pixels is None:
         raise InputError("read_page: the prompt holds no image, so there is no page to read.")
-    if prompts.pixels is None:
-        raise InputError("read_page: pixel_values is missing, by which later calls recognise the page's images.")
     columns = slice(prompts.first(0), prompts.cut(0, len(spans[0])))
     if not bool(prompts.valid[0, columns].all()):
         raise InputError("read_page: the attention mask hides tokens in front of the last image's end.")
@@ -69,13 +70,14 @@ class QZoomPageMixin:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         source_images: SourceInput | None = None,
         source_boxes: Any = None,
         gate_branch: str | None = None,
         region_branch: str | None = None,
+        **others: Any,
     ) -> Page:
         """Reads the beginning of a prompt, up to the end of its last image, for any number of questions about it.
 
@@ -88,11 +90,18 @@ class QZoomPageMixin:
             pixel_values, image_grid_thw, mm_token_type_ids: as for `generate`.
             source_images, source_boxes: ignored, so that whatever a processor returned can be passed.
             gate_branch, region_branch: as for `generate`, whose calls read another kind again, each time.
+            **others: refused.
 
         Raises:
-            InputError: not one prompt with an image, or inputs that do not fit each other.
+            InputError: not one prompt with an image, inputs that do not fit each other, or one that has no place here.
             UnsupportedError: a prompt with a video.
         """
+        if others.get("pixel_values_videos") is not None:
+            raise UnsupportedError(_VIDEO)
+        if others:
+            raise InputError(
+                f"read_page takes no {', '.join(sorted(others))}; options of zooming belong to `generate`."
+            )
         kinds = {"gate_branch": gate_branch, "region_branch": region_branch}
         configs = [] if self.generation_config is None else [self.generation_config]
         options = resolve_options(kinds, configs, self.config, mrope=self.config.backbone.mrope)
