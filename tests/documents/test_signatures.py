@@ -8,6 +8,7 @@ import pytest
 
 import modeling_qzoom
 from modeling_qzoom import (
+    Page,
     QZoomConfig,
     QZoomForConditionalGeneration,
     QZoomOutput,
@@ -20,6 +21,8 @@ from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
 CALLABLES: dict[str, Callable] = {
     "generate": QZoomForConditionalGeneration.generate,
+    "read_page": QZoomForConditionalGeneration.read_page,
+    "Page.to": Page.to,
     "forward": inspect.unwrap(QZoomForConditionalGeneration.forward),
     "from_backbone": QZoomForConditionalGeneration.from_backbone,
     "from_pretrained": QZoomForConditionalGeneration.from_pretrained,
@@ -36,6 +39,7 @@ CALLABLES: dict[str, Callable] = {
 PUBLIC = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
@@ -50,9 +54,15 @@ SIGNATURES = {
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
-        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, return_zoom_reports=None, "
-        "**kwargs)"
+        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, gate_branch=None, "
+        "region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, return_zoom_reports=None, "
+        "page=None, **kwargs)"
     ),
+    "read_page": (
+        "(input_ids, attention_mask=None, *, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None, "
+        "source_images=None, source_boxes=None, gate_branch=None, region_branch=None, **others)"
+    ),
+    "Page.to": "(device)",
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "
@@ -72,7 +82,8 @@ SIGNATURES = {
     "QZoomConfig": (
         "(vlm_config=None, branch_layer=18, branch_depth=3, has_gate=True, zoom='auto', "
         "gate_threshold=0.1, region_threshold=0.1, region_threshold_mode='absolute', "
-        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, effort=None, "
+        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, gate_branch='full', "
+        "region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, effort=None, "
         "presets=None, min_tokens=None, max_tokens=None, image_mean=None, image_std=None, "
         "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, **kwargs)"
     ),
@@ -122,6 +133,11 @@ FIELDS = {
         "crop_min_tokens",
         "crop_max_tokens",
         "position_alignment",
+        "gate_branch",
+        "region_branch",
+        "keep_share",
+        "keep_margin",
+        "skip_unread",
     ],
 }
 # what transformers names in its own way from version to version
