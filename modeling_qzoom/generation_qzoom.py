@@ -99,7 +99,7 @@ class QZoomGenerationMixin(GenerationMixin):
             features = {kind: as_visual_features(output) for kind, output in encoded.items() if output is not None}
             model_kwargs[REQUEST] = replace(request, expand_size=expand_size).with_features(features)
             if request.unread_images() is not None:
-                model_kwargs.pop("mm_encoder_outputs")  # which would have to hold every image to be repeated
+                model_kwargs.pop("mm_encoder_outputs", None)  # which would have to hold every image to be repeated
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -161,7 +161,8 @@ def run_to_branch(model: ZoomModel, view: CoarseView) -> CoarseView:
     if view.known is None:
         return replace(view, hidden=run_view(model, view, 0, layer_k))
     assert view.cache is not None
-    view.known.fill(view.cache, model.vlm.get_decoder().layers[:layer_k], lambda page: page.lower)
+    layers, device = model.vlm.get_decoder().layers[:layer_k], view.hidden.device
+    view.known.fill(view.cache, layers, lambda page: page.lower, device)
     hidden = run_view(model, view, 0, layer_k)
     return replace(view, hidden=torch.cat([view.known.join(lambda page: page.hidden, hidden.device), hidden], dim=1))
 

@@ -67,7 +67,7 @@ def gate_logits(
     past = None
     if view.known is not None:
         known = with_gate(model, options.gate_branch, view.known.pick(rows))
-        past = branch_past(gate, known, lambda page: page.gate)
+        past = branch_past(gate, known, lambda page: page.gate, hidden.device)
     return gate(hidden, mask, position_embeddings, queries, plans, past)
 
 
@@ -106,7 +106,7 @@ def region_maps(
     plans, past = region_plans(model.config, options, ids, valid, asking), None
     if view.known is not None:
         known = with_region(model, options.region_branch, view.known.pick(rows))
-        past = branch_past(model.zoom.region, known, lambda page: page.region)
+        past = branch_past(model.zoom.region, known, lambda page: page.region, hidden.device)
     logits, first_head = model.zoom.region(
         hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans, past
     )  # each (rows, 1 + Q, V)

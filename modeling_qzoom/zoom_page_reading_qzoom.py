@@ -7,6 +7,7 @@ the last layers above K and of the gate only give keys and values.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -144,11 +145,14 @@ def with_region(model: ZoomModel, kind: str, known: Known) -> Known:
     return _completed(known, lambda page: page.region is None or page.region.kind != kind, read)
 
 
-def branch_past(branch: BranchLayers, known: Known, part: Callable[[Page], BranchStates | None]) -> Past:
+def branch_past(
+    branch: BranchLayers, known: Known, part: Callable[[Page], BranchStates | None], device: torch.device
+) -> Past:
     """What the layers of a branch know of the rows' first columns.
 
     Args:
         part: what the branch knows of a page, which must have been read.
+        device: where offloaded layers run.
     """
 
     def states(page: Page) -> BranchStates:
@@ -161,8 +165,8 @@ def branch_past(branch: BranchLayers, known: Known, part: Callable[[Page], Branc
         assert found is not None
         return found
 
-    cache, device = DynamicCache(), known.pages[0].device
-    known.fill(cache, branch.layers, lambda page: states(page).layers)
+    cache = DynamicCache()
+    known.fill(cache, branch.layers, lambda page: states(page).layers, device)
     has_outputs = states(known.pages[0]).outputs is not None
     return Past(cache, known.visible(device), known.join(outputs, device) if has_outputs else None)
 
@@ -219,8 +223,9 @@ def _states(
 ) -> list[tuple[KeysAndValues, ...]]:
     """Per row keys and values of all its tokens, in the order of the sequence, by layer."""
     assert view.cache is not None
-    by_row = []
-    for row in range(len(view.valid)):
-        columns = [(view.valid if plan is None else plan.mask)[row].nonzero()[:, 0] for plan in plans]
-        by_row.append(row_states(view.cache, layers, row, columns))
-    return by_row
+    masks = {id(plan): (view.valid if plan is None else plan.mask).cpu() for plan in plans}
+    columns = {key: [row.nonzero()[:, 0] for row in mask] for key, mask in masks.items()}
+    return [
+        row_states(view.cache, layers, row, [columns[id(plan)][row] for plan in plans])
+        for row in range(len(view.valid))
+    ]

@@ -53,7 +53,7 @@ class BranchStates:
     outputs: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Page:
     """A page that a model has read (`read_page`), for any number of questions about it (`generate(…, page=…)`).
 
@@ -178,7 +178,11 @@ class Known:
         return pad_left(states, self.end, dim)
 
     def fill(
-        self, cache: DynamicCache, layers: Iterable[Any], part: Callable[[Page], tuple[KeysAndValues, ...]]
+        self,
+        cache: DynamicCache,
+        layers: Iterable[Any],
+        part: Callable[[Page], tuple[KeysAndValues, ...]],
+        device: torch.device,
     ) -> None:
         """Puts keys and values of the known columns into a cache.
 
@@ -186,12 +190,17 @@ class Known:
             cache: holds nothing of these layers yet.
             layers: the layers, which know their places in the cache.
             part: the pages' keys and values of these layers.
+            device: where offloaded layers run.
         """
         for number, layer in enumerate(layers):
-            device = device_of(layer, self.pages[0].device)
-            keys = self.join(lambda page, number=number: part(page)[number][0], device, dim=1)  # type: ignore[misc]
-            values = self.join(lambda page, number=number: part(page)[number][1], device, dim=1)  # type: ignore[misc]
+            keys, values = (self._join_one(part, number, kind, device_of(layer, device)) for kind in (0, 1))
             set_layer_states(cache, layer.self_attn.layer_idx, keys, values)
+
+    def _join_one(
+        self, part: Callable[[Page], tuple[KeysAndValues, ...]], number: int, kind: int, device: torch.device
+    ) -> Tensor:
+        """(B, heads, end, head_dim) keys (kind 0) or values (kind 1) of one layer."""
+        return self.join(lambda page: part(page)[number][kind], device, dim=1)
 
 
 def row_states(

@@ -161,8 +161,13 @@ def _with_beginnings(
             "page: adapter_names and activated LoRA give every row layers of its own, but a page was read with one "
             "set of weights; leave page out."
         )
+    has_own_positions = kwargs.get("position_ids") is not None
+    if page is not None and has_own_positions:
+        raise UnsupportedError(
+            "page: it was read at the positions that the model gives its tokens; leave position_ids out."
+        )
     rows = len(input_ids)
-    may_share = rows > 1 and request.adapters is None and request.options.skips_unread
+    may_share = rows > 1 and request.adapters is None and request.options.skips_unread and not has_own_positions
     if page is None and not may_share:
         return request
     prompts = Prompts.of(model.config, input_ids, attention_mask, request.spans, kwargs)

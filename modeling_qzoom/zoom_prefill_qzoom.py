@@ -130,7 +130,8 @@ def _keep_coarse(model: ZoomModel, request: ZoomRequest, view: CoarseView, rows:
     layers, layer_k = model.vlm.get_decoder().layers, model.config.branch_layer
     assert view.cache is not None
     if view.known is not None:
-        with_upper(model, view.known).fill(view.cache, layers[layer_k:], lambda page: page.upper or ())
+        known = with_upper(model, view.known)
+        known.fill(view.cache, layers[layer_k:], lambda page: page.upper or (), view.hidden.device)
     plans: list[LayerPlan | None] = [None] * (len(layers) - layer_k)
     if request.options.skips_unread:
         plans[-1] = last_token_plan(view.valid[:, view.start :])

@@ -135,7 +135,7 @@ def fused_prefill(
     start = 0
     if plan is None and view.known is not None:  # a plan leaves tokens out, which the page's own states have seen
         known = _known_in_front(with_upper(model, view.known), rows, length)
-        known.fill(cache, decoder.layers[layer_k:], lambda page: page.upper or ())
+        known.fill(cache, decoder.layers[layer_k:], lambda page: page.upper or (), hidden.device)
         start = known.end
     hidden, running = hidden[:, start:], mask[:, start:]
     deepstack = fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None

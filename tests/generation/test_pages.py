@@ -174,6 +174,21 @@ def test_what_cannot_go_with_a_page_names_both_ways_out(read):
         ask(model, inputs, page, prompt_lookup_num_tokens=2)
 
 
+def test_positions_of_the_callers_own(read):
+    """They may differ from row to row, and from those that the page was read at."""
+    family, model, page = read
+    inputs = make_inputs(family, rows("what?", "what?"))
+    plain = inputs["attention_mask"].cumsum(1) - 1
+    positions = torch.stack([plain[0], 2 * plain[1]])
+    positions = positions.expand(4, -1, -1) if model.config.backbone.mrope else positions
+    with pytest.raises(UnsupportedError, match="leave position_ids out"):
+        ask(model, inputs, page, position_ids=positions)
+    options = {"position_ids": positions, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    own = ask(model, inputs, None, **options).logits[0]
+    torch.testing.assert_close(own, ask(model, inputs, None, skip_unread=False, **options).logits[0])
+    assert (own[0] - own[1]).abs().max() > 1e-3
+
+
 def test_no_sources_are_needed_where_nothing_zooms(read):
     family, model, page = read
     inputs = plain_inputs(make_inputs(family, rows("what?", "why?")))
