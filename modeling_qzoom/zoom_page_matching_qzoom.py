@@ -136,7 +136,7 @@ def _with_equal_images(prompts: Prompts, rows: list[int], image: int) -> list[li
     if len(rows) < 2 or prompts.pixels is None:
         return [rows]
     pixels = [prompts.pixels[prompts.spans[row][image].index].flatten() for row in rows]
-    samples = [values[:: max(len(values) // _SAMPLES, 1)] for values in pixels]
+    samples = torch.stack([values[:: max(len(values) // _SAMPLES, 1)] for values in pixels]).cpu()
     groups: list[list[int]] = []  # positions in `rows`
     for number, (values, sample) in enumerate(zip(pixels, samples)):
         for group in groups:
