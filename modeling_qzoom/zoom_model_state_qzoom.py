@@ -29,8 +29,7 @@ class ModelState:
     @classmethod
     def of(cls, model: ZoomModel) -> "ModelState":
         """The state that a model is in."""
-        changes = sum(0 if weight.is_inference() else weight._version for weight in _weights(model))
-        return cls(weakref.ref(model), _dtype(model.get_input_embeddings()), changes, _adapters(model))
+        return cls(weakref.ref(model), _dtype(model.get_input_embeddings()), _changes(model), _adapters(model))
 
     def difference(self, model: ZoomModel) -> str | None:
         """What has become different, as the end of a sentence; None if nothing has."""
@@ -46,8 +45,10 @@ class ModelState:
         return None
 
 
-def _weights(model: Any) -> list[torch.Tensor]:
-    return list(model.parameters())
+def _changes(model: Any) -> int:
+    """Changes in place of all weights that are here: offloaded ones come and go, and those of inference mode have no
+    count."""
+    return sum(weight._version for weight in model.parameters() if not (weight.is_meta or weight.is_inference()))
 
 
 def _dtype(embeddings: nn.Module) -> torch.dtype | None:
