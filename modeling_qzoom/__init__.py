@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_qzoom import QZoomConfig
+from .cost_prediction_qzoom import ZoomCost, zoom_cost
 from .errors_qzoom import CheckpointError, InputError, QZoomError, UnsupportedError
 from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
@@ -29,8 +30,10 @@ __all__ = [
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 
 AutoConfig.register("qzoom", QZoomConfig, exist_ok=True)

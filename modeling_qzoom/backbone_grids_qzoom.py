@@ -63,8 +63,20 @@ class TokenGrid(ABC):
         """The pixel values of a batch by image; joined along their first dimension they are the batch's again."""
 
     @abstractmethod
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
+    def check_shape(self, height: int, width: int) -> None:
+        """Checks that a crop can be made of a region of `height` × `width` source pixels.
+
+        Raises:
+            CropError: it cannot.
+        """
+
+    @abstractmethod
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
         """(height, width) in pixels that a region of `height` × `width` source pixels is resized to.
+
+        Args:
+            height, width: sides of the region.
+            min_pixels, max_pixels: bounds of the crop's area, where the family has a budget.
 
         Raises:
             CropError: no crop can be made of such a region.
@@ -113,12 +125,14 @@ class NativeGrid(TokenGrid):
         assert image_grid_thw is not None  # `token_grids` has refused images without
         return list(pixel_values.split(image_grid_thw.prod(1).tolist()))
 
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
-        """Whole tokens, nearest to the native size within the budget (the resize rule of Qwen's image processors)."""
+    def check_shape(self, height: int, width: int) -> None:
         if max(height, width) > self.max_aspect_ratio * min(height, width):
             raise CropError(f"the crop's aspect ratio ({height} × {width} pixels) exceeds {self.max_aspect_ratio}.")
+
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
+        """Whole tokens, nearest to the native size within the budget (the resize rule of Qwen's image processors)."""
+        self.check_shape(height, width)
         side = self.token_side
-        min_pixels, max_pixels = min_tokens * side**2, max_tokens * side**2
         new_height, new_width = round(height / side) * side, round(width / side) * side
         if new_height * new_width > max_pixels:
             shrink = math.sqrt(height * width / max_pixels)
@@ -177,7 +191,10 @@ class FixedGrid(TokenGrid):
     def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
         return list(pixel_values.split(1))
 
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
+    def check_shape(self, height: int, width: int) -> None:
+        """Every shape fits the square."""
+
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
         """The longer side fills the square."""
         scale = self.side / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))

@@ -22,6 +22,7 @@ from .plain_prefill_qzoom import plain_prefill
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
 from .zoom_branches_qzoom import ZoomBranches
+from .zoom_page_call_qzoom import QZoomPageMixin
 from .zoom_prefill_qzoom import zoom_prefill
 from .zoom_request_qzoom import ZoomRequest, unread_inputs
 
@@ -30,7 +31,7 @@ from .zoom_request_qzoom import ZoomRequest, unread_inputs
 REQUEST = "zoom_request"
 
 
-class QZoomGenerationMixin(GenerationMixin):
+class QZoomGenerationMixin(QZoomPageMixin, GenerationMixin):
     """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
 
     config: QZoomConfig

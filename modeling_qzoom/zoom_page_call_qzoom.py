@@ -63,7 +63,7 @@ def _page_of_prompt(
 
 
 class QZoomPageMixin:
-    """`read_page`, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
+    """`read_page`, for a model that can zoom."""
 
     def read_page(
         self: Any,

@@ -15,6 +15,7 @@ from modeling_qzoom import (
     QZoomProcessor,
     ZoomReport,
     overlay,
+    zoom_cost,
 )
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
@@ -35,6 +36,8 @@ CALLABLES: dict[str, Callable] = {
     "QZoomProcessor.from_backbone": QZoomProcessor.from_backbone,
     "ZoomReport.overlay": ZoomReport.overlay,
     "overlay": overlay,
+    "zoom_cost": zoom_cost,
+    "QZoomForConditionalGeneration.zoom_cost": QZoomForConditionalGeneration.zoom_cost,
 }
 PUBLIC = [
     "CheckpointError",
@@ -46,17 +49,28 @@ PUBLIC = [
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 # parameters in order; those after "*" are keywords
 SIGNATURES = {
+    "zoom_cost": (
+        "(config, image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, "
+        "crop_tokens=None, box=None, generation_configs=(), **options)"
+    ),
+    "QZoomForConditionalGeneration.zoom_cost": (
+        "(image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, crop_tokens=None, "
+        "box=None, **options)"
+    ),
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
-        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, gate_branch=None, "
-        "region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, return_zoom_reports=None, "
-        "page=None, **kwargs)"
+        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
+        "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
+        "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, "
+        "return_zoom_reports=None, zoom_reports=None, page=None, **kwargs)"
     ),
     "read_page": (
         "(input_ids, attention_mask=None, *, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None, "
@@ -82,10 +96,11 @@ SIGNATURES = {
     "QZoomConfig": (
         "(vlm_config=None, branch_layer=18, branch_depth=3, has_gate=True, zoom='auto', "
         "gate_threshold=0.1, region_threshold=0.1, region_threshold_mode='absolute', "
-        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, gate_branch='full', "
-        "region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, effort=None, "
+        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, effort=None, "
         "presets=None, min_tokens=None, max_tokens=None, image_mean=None, image_std=None, "
-        "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, **kwargs)"
+        "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, crop_budget='fixed', "
+        "crop_target_tokens=None, region_blur='fixed', region_min_peak=0.0, region_min_contrast=0.0, "
+        "gate_branch='full', region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, **kwargs)"
     ),
     "QZoomProcessor": (
         "(image_processor=None, tokenizer=None, chat_template=None, backbone_model_type='qwen2_5_vl', "
@@ -114,6 +129,7 @@ FIELDS = {
         "crop_tokens",
         "grid_box",
         "has_gate",
+        "empty_rule",
     ],
     "QZoomOutput": [
         "loss",
@@ -133,6 +149,11 @@ FIELDS = {
         "crop_min_tokens",
         "crop_max_tokens",
         "position_alignment",
+        "crop_budget",
+        "crop_target_tokens",
+        "region_blur",
+        "region_min_peak",
+        "region_min_contrast",
         "gate_branch",
         "region_branch",
         "keep_share",

@@ -5,7 +5,9 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 from modeling_qzoom import QZoomConfig
-from modeling_qzoom.asking.cost import VisionCost
+from modeling_qzoom.cost_qzoom import PrefillCost, Prompt
+from modeling_qzoom.cost_vision_qzoom import VisionCost
+from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 from tests.families import FAMILY
 from tests.invariants.test_flops import (
     BRANCH_DEPTH,
@@ -168,3 +170,17 @@ def test_the_page_is_as_large_as_it_says(setting):
     states = 2 * setting.page * text.hidden_size + setting.visual * text.hidden_size
     levels = len(page.beginning.images.deepstack) * setting.visual * text.hidden_size
     assert abs(page.nbytes - torch.float32.itemsize * (cached + states + levels)) <= 64 * setting.page
+
+
+def test_the_library_predicts_page_and_questions(setting):
+    """In one call whose questions all skip; `read_page` reads the page for the region branch as well."""
+    ids = setting.singles[0]["input_ids"][0]
+    grid = (14, 14) if setting.visual == 196 else (12, 14)
+    cost = PrefillCost(setting.model.config, ZoomOptions())
+    prompt = Prompt(len(ids), setting.own, grid)
+    assert prompt.prefix == setting.page and prompt.visual == setting.visual
+    counted, _ = generate_flops(setting.model, setting.batch, gate_threshold=1.5)
+    assert_close(counted, cost.page(prompt) + QUESTIONS * cost.question(prompt))
+    read = count_flops(lambda: setting.model.read_page(**setting.singles[0]))
+    region = (BRANCH_DEPTH - 1) * setting.form.layer(setting.page, setting.page)
+    assert_close(read, cost.page(prompt) + region)
