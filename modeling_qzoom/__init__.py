@@ -15,6 +15,7 @@ from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
 from .report_drawing_qzoom import overlay
 from .report_qzoom import ZoomReport
+from .zoom_pages_qzoom import Page
 
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",

@@ -31,6 +31,7 @@ from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
+from .zoom_pages_qzoom import Page
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -322,6 +323,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
         zoom_reports: list[ZoomReport] | None = None,
+        page: Page | Sequence[Page | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -344,22 +346,23 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             gate_branch, region_branch: `"full"`, or `"light"`: visual tokens stay as they are in the branch's layers.
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
-            skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            skip_unread: runs no layer for tokens that nobody reads, and what rows share once; changes only rounding.
             crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
             crop_target_tokens: up to how many tokens the last two enlarge a region.
             region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
-            region_min_peak: smallest peak of a heat map that is zoomed into.
-            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
+            region_min_peak, region_min_contrast: smallest peak, and peak over mean, of a map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
             zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
                 for streamers and stopping criteria.
+            page: what `read_page` returned for the beginning of the prompts, or a list with one (or None) per row;
+                other inputs stay as they are. Results change by rounding, also those of `zoom="never"`.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
-                reports that is not empty.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, a list of
+                reports that is not empty, or a prompt that does not begin with its page.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         arguments = locals()  # every option is an argument of its name
@@ -375,7 +378,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             if has_reports:
                 require_dict_output(kwargs)
             name_cache(kwargs)
-            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
+            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs, page)
             if request is not None:
                 request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request

@@ -8,6 +8,7 @@ import pytest
 
 import modeling_qzoom
 from modeling_qzoom import (
+    Page,
     QZoomConfig,
     QZoomForConditionalGeneration,
     QZoomOutput,
@@ -21,6 +22,8 @@ from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
 CALLABLES: dict[str, Callable] = {
     "generate": QZoomForConditionalGeneration.generate,
+    "read_page": QZoomForConditionalGeneration.read_page,
+    "Page.to": Page.to,
     "forward": inspect.unwrap(QZoomForConditionalGeneration.forward),
     "from_backbone": QZoomForConditionalGeneration.from_backbone,
     "from_pretrained": QZoomForConditionalGeneration.from_pretrained,
@@ -39,6 +42,7 @@ CALLABLES: dict[str, Callable] = {
 PUBLIC = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
@@ -66,8 +70,13 @@ SIGNATURES = {
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
         "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, "
-        "return_zoom_reports=None, zoom_reports=None, **kwargs)"
+        "return_zoom_reports=None, zoom_reports=None, page=None, **kwargs)"
     ),
+    "read_page": (
+        "(input_ids, attention_mask=None, *, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None, "
+        "source_images=None, source_boxes=None, gate_branch=None, region_branch=None, **others)"
+    ),
+    "Page.to": "(device)",
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "
