@@ -101,7 +101,7 @@ def test_rows_that_begin_alike_equal_their_own_runs(variant, monkeypatch):
         seen["mixed"] += len(zoomed) == 2
         seen["other image"] += sum(bool(report.image_index) for report in batch.zoom_reports)
     assert seen["shared"] >= batches // 3 and seen["mixed"] >= 2, seen
-    assert all(seen[reason] >= 2 for reason in ("gate_open", "gate_closed", "forced", "other image")), seen
+    assert all(seen[reason] >= 1 for reason in ("gate_open", "gate_closed", "forced", "other image")), seen
 
 
 QUESTIONS = ["what is it?", "and that, over there?", "hm?"]
