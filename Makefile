@@ -5,14 +5,15 @@ OLDEST := .venv-oldest
 CLEAN := .venv-clean
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# CPU builds of torch first: anything that pulls torch in by itself would bring CUDA along
+# The version of torch that everything here is tested with, installed before anything that would pull in another one.
+# The build is the index's choice: PyPI's brings CUDA along, a wheel of a CPU build in pip's find-links or index wins.
 TORCH := "torch==2.13.0"
 # one process a core; small models gain nothing from threads
 PYTEST := -m pytest -n 2 --dist loadfile
 export IMAGE QUESTION
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-oldest test-all lint format docs figures tables release train-demo ablations clean
+.PHONY: demo test test-slow test-serve test-oldest test-all lint format docs figures tables release train-demo ablations clean
 
 # runs one command and reports its time; the command's exit status is the recipe's
 timed = @began=$$(date +%s); $(1); status=$$?; echo "== $@: $$(( $$(date +%s) - began )) s"; exit $$status
@@ -32,6 +33,11 @@ $(VENV)/.docs: $(VENV)/.core
 
 $(VENV)/.stages: $(VENV)/.core
 	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[stages]")
+	@touch $@
+
+# Ray and its web framework: 330 MB
+$(VENV)/.serve: $(VENV)/.dev
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[dev,serve]")
 	@touch $@
 
 # the oldest transformers that pyproject.toml admits
@@ -56,6 +62,10 @@ $(CLEAN)/.ready: $(VENV)/.dev
 # clean environments, every block of the README, killed and restarted runs, two processes
 test-slow: $(VENV)/.dev $(CLEAN)/.ready
 	$(call timed,QZOOM_CLEAN_PYTHON=$(CURDIR)/$(CLEAN)/bin/python $(BIN)/python $(PYTEST) --durations 10 -m "slow and not gpu")
+
+# the server, on this machine's loopback addresses only: quick and slow tier of what needs the extra `serve`
+test-serve: $(VENV)/.serve
+	$(call timed,$(BIN)/python -m pytest --durations 10 -m "not gpu" tests/serving)
 
 # the quick tier again, on the oldest transformers
 test-oldest: $(OLDEST)/.dev

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/offline_batch.py …     # several processes on CPUs
     python examples/offline_batch.py                  # one process; without --images, pieces of a page
 
-Answers lie in parquet files, each written whole or not at all, and are not asked for again, also when files were
-added or the number of processes has changed. An unreadable image gets a row with its error, until the next run.
+Answers lie in parquet files (pyarrow: extra `stages` or `train`), each written whole or not at all, and are not asked
+for again, also when files or processes came in. An unreadable image gets a row with its error, until the next run.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 Data is a JSONL file with `image` (a path relative to the file), `question` and, for calibration, `answer`; boxes are
 not needed. Without --data, a few pages are drawn as a stand-in. Each stage is what `python -m modeling_qzoom.training
 STAGE name=value …` runs; one that was stopped goes on where it was. The gate is trained in the same way, by the stages
-label-gates and train-gate. Needs the extra `train`.
+label-gates and train-gate. Needs the extra `stages` or `train`.
 """
 
 import json

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -139,15 +139,40 @@ def zoomable_cache(cache: Cache | None) -> DynamicCache:
         kind = f"an offloaded {kind}" if getattr(cache, "offloading", False) else kind
         raise UnsupportedError(
             "zooming needs a plain DynamicCache, because the crop's length is known only after the coarse pass; "
-            f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
-            "zoom='never'."
+            f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults (or pass "
+            "cache_implementation='static' instead of a static cache), or pass zoom='never'."
         )
     return cache
 
 
-def layer_length(cache: Cache, layer: int) -> int:
-    """Number of tokens that a layer has cached."""
-    return cache.get_seq_length(layer)
+def is_static(cache: Cache | None) -> bool:
+    """Whether a cache is a static one on the model's devices, such as `generate` makes where it is asked to."""
+    return type(cache) is StaticCache and not getattr(cache, "offloading", False)
+
+
+# lengths of static caches are rounded up, because a compiled step is compiled anew for every other length
+STATIC_STEP = 64
+
+
+def static_copy(config: PreTrainedConfig, cache: DynamicCache, length: int) -> StaticCache:
+    """A static cache with the contents of a growing one, and with its notes.
+
+    Args:
+        config: the decoder's configuration.
+        cache: the growing cache; it is emptied layer by layer, so that no two copies of all layers exist.
+        length: number of tokens that it must hold in the end.
+    """
+    static = StaticCache(config=config, max_cache_len=-(-length // STATIC_STEP) * STATIC_STEP)
+    for index, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, index)
+        layer.keys = layer.values = None
+    static.qzoom_notes = notes_of(cache)
+    return static
+
+
+def one_layer(cache: Cache, layer: int) -> Cache:
+    """A layer of a cache as a cache of its own, for masks, which are made for a cache's first layer."""
+    return Cache(layers=[cache.layers[layer]])
 
 
 def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
@@ -156,11 +181,12 @@ def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def set_layer_states(cache: DynamicCache, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Replaces what a layer has cached."""
-    if len(cache.layers) > layer and cache.layers[layer].is_initialized:
-        cache.layers[layer].keys, cache.layers[layer].values = keys, values
-    else:
-        cache.update(keys, values, layer)
+    """Replaces what a layer has cached, without a copy."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    if not cache.layers[layer].is_initialized:
+        cache.layers[layer].lazy_initialization(keys, values)
+    cache.layers[layer].keys, cache.layers[layer].values = keys, values
 
 
 def _gather_cached(states: Tensor, columns: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbone_cache_qzoom import LayerMasks, layer_length
-from .backbone_layers_qzoom import Mask, mask_behind, rotary, run_layers
+from .backbone_cache_qzoom import LayerMasks, one_layer
+from .backbone_layers_qzoom import Mask, causal_mask, rotary, run_layers
 from .rows_qzoom import Positions
 
 
@@ -32,15 +32,15 @@ def decode(
     masks: dict[int, Mask] = {}
     for first, last, number in layer_masks.runs():
         if number not in masks:
-            masks[number] = _step_mask(decoder, hidden, layer_masks.masks[number], layer_length(cache, first))
+            masks[number] = _step_mask(decoder, hidden, layer_masks.masks[number], one_layer(cache, first))
         hidden = run_layers(
             decoder, hidden, first, last, mask=masks[number], position_embeddings=position_embeddings, cache=cache
         )
     return decoder.norm(hidden)
 
 
-def _step_mask(decoder: Any, hidden_states: Tensor, written: Tensor, past: int) -> Mask:
-    """The mask of new tokens behind `past` cached ones, of which the prefill wrote (B, m) and text the rest."""
-    rows, new = len(hidden_states), past - written.shape[1] + hidden_states.shape[1]
-    visible = torch.cat([written, written.new_ones(rows, new)], dim=1)
-    return mask_behind(decoder.config, hidden_states, visible, past)
+def _step_mask(decoder: Any, hidden_states: Tensor, written: Tensor, cached: Cache) -> Mask:
+    """The mask of new tokens on a cache whose first (B, m) columns the prefill wrote, and whose others are text."""
+    length, _ = cached.get_mask_sizes(hidden_states.shape[1], 0)  # of a static cache, room for later tokens included
+    rest = written.new_ones(len(hidden_states), length - written.shape[1])
+    return causal_mask(decoder, hidden_states, torch.cat([written, rest], dim=1), cached)

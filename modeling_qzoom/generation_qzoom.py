@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_cache_qzoom import CACHE, notes_of, write_notes, zoomable_cache
+from .backbone_cache_qzoom import CACHE, is_static, notes_of, static_copy, write_notes, zoomable_cache
 from .configuration_qzoom import QZoomConfig
 from .generation_refusals_qzoom import check_padding, refuse_batched_images
+from .plain_prefill_qzoom import plain_prefill
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
 from .zoom_branches_qzoom import ZoomBranches
@@ -126,11 +127,14 @@ class QZoomGenerationMixin(GenerationMixin):
             write_notes(cache, position_offset=positions[1, :, -1:] - positions[0, :, -1:])
         if request is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache, mask, repeat = zoomable_cache(cache), model_kwargs.get("attention_mask"), request.expand_size
+        is_compiled = is_static(cache) and request.makes_cache
+        cache = DynamicCache(config=self.config.get_text_config()) if is_compiled else zoomable_cache(cache)
+        mask, repeat = model_kwargs.get("attention_mask"), request.expand_size
         check_padding(mask)  # generate may have inferred it from pad tokens
         distinct = range(0, len(input_ids), repeat)
         with run_rows(request.adapters, range(len(distinct))):
-            prefill = zoom_prefill(
+            run_prefill = plain_prefill if request.options.zoom == "never" else zoom_prefill
+            prefill = run_prefill(
                 self,
                 request,
                 pick(input_ids, distinct),
@@ -150,4 +154,7 @@ class QZoomGenerationMixin(GenerationMixin):
         if repeat > 1:
             cache.batch_repeat_interleave(repeat)
             logits = logits.repeat_interleave(repeat, dim=0)
+        if is_compiled:  # now the length is known
+            new_tokens = generation_config.max_length - input_ids.shape[1]
+            cache = static_copy(self.config.get_text_config(), cache, cache.get_seq_length() + new_tokens)
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})

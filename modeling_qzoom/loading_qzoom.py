@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +41,8 @@ from .loading_quantized_qzoom import (
 from .loading_weight_files_qzoom import check_weight_files, damage_named
 from .saving_addons_qzoom import write_addon
 from .saving_qzoom import FULL, check_target, staged
-from .zoom_branches_qzoom import ZoomBranches
+from .zoom_branches_qzoom import GateBranch, RegionBranch, ZoomBranches
+from .zoom_options_qzoom import NEW_CHECKPOINT
 
 
 # at runtime the methods below reach transformers' through the class that they are mixed into
@@ -80,18 +82,34 @@ def _load_copy(target: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[name].to(tensor.device, tensor.dtype))
 
 
-def copy_branches_from_decoder(branches: ZoomBranches, decoder: PreTrainedModel, first: int, depth: int) -> None:
-    """Initialises both branches from decoder layers [first, first + depth) (paper III-B and III-C)."""
-    for index in range(depth):
-        state = dense_state(decoder.layers[first + index])
-        if branches.gate is not None:
-            _load_copy(branches.gate.layers[index], state)
-        if index < depth - 1:
-            _load_copy(branches.region.layers[index], state)
-            continue
-        _load_copy(branches.region.scorer, {name.removeprefix("self_attn."): part for name, part in state.items()})
-    if branches.region.norm is not None:
-        _load_copy(branches.region.norm, dense_state(decoder.norm))
+def start_gate(gate: GateBranch, layers: Sequence[nn.Module], std: float) -> None:
+    """Initialises a gate: its layers from the decoder's, its head with small random weights (paper III-B).
+
+    Args:
+        gate: the branch, which is changed.
+        layers: decoder layers K … K+T-1.
+        std: standard deviation of the head's weights.
+    """
+    for own, layer in zip(gate.layers, layers, strict=True):
+        _load_copy(own, dense_state(layer))
+    nn.init.normal_(gate.head.weight, std=std)
+    nn.init.zeros_(gate.head.bias)
+
+
+def start_region(region: RegionBranch, layers: Sequence[nn.Module], norm: nn.Module) -> None:
+    """Initialises a region branch from the decoder's layers (paper III-C).
+
+    Args:
+        region: the branch, which is changed.
+        layers: decoder layers K … K+T-1, of whose last one the scorer takes its part.
+        norm: the decoder's last norm, for families whose branch has one.
+    """
+    for own, layer in zip(region.layers, layers[:-1], strict=True):
+        _load_copy(own, dense_state(layer))
+    last = dense_state(layers[-1])
+    _load_copy(region.scorer, {name.removeprefix("self_attn."): part for name, part in last.items()})
+    if region.norm is not None:
+        _load_copy(region.norm, dense_state(norm))
 
 
 class QZoomLoadingMixin(_Base):
@@ -120,7 +138,9 @@ class QZoomLoadingMixin(_Base):
             has_gate: also attach a gate.
             zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics. Zooming needs
                 a budget, here (`max_tokens`) or in the call (`crop_max_tokens`). Image statistics are read from the
-                folder where it holds an image processor, and are the family's otherwise.
+                folder where it holds an image processor, and are the family's otherwise. Branches are light and a
+                zoomed row keeps a tenth of its coarse tokens above K, unless fields say otherwise (`gate_branch`,
+                `region_branch`, `keep_share`).
             kwargs: `from_pretrained` arguments of the plain VLM (`dtype`, `device_map`, `quantization_config`, …) for
                 a name. The branches stay in 16 bit, so that they can be trained; quantize them when they are done.
 
@@ -133,7 +153,7 @@ class QZoomLoadingMixin(_Base):
             UnsupportedError: unsupported VLM, or a loaded model with LoRA adapters.
         """
         fields: dict[str, Any] = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
-        fields |= zoom_config or {}
+        fields |= {**NEW_CHECKPOINT, **(zoom_config or {})}
         check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
             if kwargs:
@@ -172,10 +192,10 @@ class QZoomLoadingMixin(_Base):
         model.vlm = vlm
         dtype = vlm.dtype if vlm.dtype.is_floating_point else torch.bfloat16
         model.zoom = ZoomBranches(config, decoder, config.backbone).to(device, dtype)
+        layers = decoder.layers[config.branch_layer : config.branch_layer + config.branch_depth]
         if model.zoom.gate is not None:
-            nn.init.normal_(model.zoom.gate.head.weight, std=config.get_text_config().initializer_range)
-            nn.init.zeros_(model.zoom.gate.head.bias)
-        copy_branches_from_decoder(model.zoom, decoder, config.branch_layer, config.branch_depth)
+            start_gate(model.zoom.gate, layers, config.get_text_config().initializer_range)
+        start_region(model.zoom.region, layers, decoder.norm)
         model.generation_config = copy.deepcopy(vlm.generation_config)
         config.base_model_name_or_path = config.base_model_name_or_path or vlm.config._name_or_path or None
         config.dtype = dtype

@@ -1,7 +1,7 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
 
@@ -19,7 +19,7 @@ from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
 from .cost_prediction_qzoom import QZoomCostMixin
-from .errors_qzoom import UnsupportedError
+from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
@@ -30,7 +30,7 @@ from .training_checks_qzoom import check_combination, check_names, check_trainin
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
-from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -310,12 +310,18 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        crop_budget: str | None = None,
+        crop_target_tokens: int | None = None,
+        region_blur: str | None = None,
+        region_min_peak: float | None = None,
+        region_min_contrast: float | None = None,
         gate_branch: str | None = None,
         region_branch: str | None = None,
         keep_share: float | None = None,
         keep_margin: int | None = None,
         skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
+        zoom_reports: list[ZoomReport] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -339,33 +345,30 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
             skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
+            crop_target_tokens: up to how many tokens the last two enlarge a region.
+            region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
+            region_min_peak: smallest peak of a heat map that is zoomed into.
+            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+            zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
+                for streamers and stopping criteria.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
+                reports that is not empty.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
-        call_options = {
-            "zoom": zoom,
-            "effort": effort,
-            "gate_threshold": gate_threshold,
-            "region_threshold": region_threshold,
-            "region_threshold_mode": region_threshold_mode,
-            "crop_min_tokens": crop_min_tokens,
-            "crop_max_tokens": crop_max_tokens,
-            "position_alignment": position_alignment,
-            "gate_branch": gate_branch,
-            "region_branch": region_branch,
-            "keep_share": keep_share,
-            "keep_margin": keep_margin,
-            "skip_unread": skip_unread,
-        }
+        arguments = locals()  # every option is an argument of its name
+        call_options = {name: arguments[name] for name in (*OPTION_NAMES, "effort")}
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if zoom_reports:
+            raise InputError("zoom_reports must be an empty list, which the call fills; pass a new one to each call.")
         with no_adapters_left(self):
             options = resolve_options(call_options, configs, self.config, mrope=self.config.backbone.mrope)
             has_reports = resolve_reports(return_zoom_reports, configs)
@@ -374,7 +377,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             name_cache(kwargs)
             request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
             if request is not None:
+                request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request
+            elif zoom_reports is not None and input_ids is not None:
+                zoom_reports += plain_reports(self.config, input_ids, "off")
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if has_reports:
             outputs["zoom_reports"] = self._reports(request, input_ids, kwargs.get("inputs_embeds"), outputs)

@@ -35,7 +35,7 @@ class ZoomReport:
             number.
         zoomed: whether a crop was used.
         reason: `gate_open` or `forced` (zoomed; forced by zoom="always" or for lack of a gate); `gate_closed`, `off`
-            (zoom="never"), `no_image`, `video`, `empty_map` (no cell above the threshold), `crop_failed` (the region
+            (zoom="never"), `no_image`, `video`, `empty_map` (no region, see `empty_rule`), `crop_failed` (the region
             lies in the padding or is too narrow), `gate_nan` or `map_nan` (a branch computed NaN: damaged weights, or
             a number format that is too narrow) (not zoomed).
         image_index: which of the row's images was looked at, None if none was.
@@ -47,6 +47,8 @@ class ZoomReport:
         grid_box: rectangle of source pixels that the map covers; None for the whole image.
         has_gate: whether the checkpoint has a gate, which tells zoom="always" from a checkpoint without one; None if
             not recorded. A fact about the model, not about the row, so reports compare without it.
+        empty_rule: the option whose rule left an `empty_map` without a region: `region_threshold` (no cell above it),
+            `region_min_peak` or `region_min_contrast` (the map's peak is too low); None for other rows.
     """
 
     gate_probability: float | None = None
@@ -60,6 +62,7 @@ class ZoomReport:
     crop_tokens: int = 0
     grid_box: Rectangle | None = None
     has_gate: bool | None = field(default=None, compare=False)
+    empty_rule: str | None = None
 
     def __repr__(self) -> str:
         """One line: what differs from a row that nobody looked at, tensors by their shape."""
@@ -77,6 +80,22 @@ class ZoomReport:
         from .report_drawing_qzoom import text_picture
 
         return text_picture(self)
+
+    def to_dict(self, *, maps: bool = False) -> dict[str, Any]:
+        """The report as JSON can hold it.
+
+        Args:
+            maps: also `region_logits` and `heatmap`, as lists of rows.
+        """
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("region_logits", "heatmap"):
+                if maps:
+                    values[entry.name] = None if value is None else value.tolist()
+            else:
+                values[entry.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it."""

@@ -72,7 +72,7 @@ def plan_zoom(
     refuse_zoomed_cache(cache)
     if input_ids is not None and embeds is None:
         check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
-    if options.zoom == "never":
+    if options.zoom == "never" and (not options.skip_unread or input_ids is None or embeds is not None):
         return None
     if input_ids is None:
         if embeds is not None:
@@ -82,6 +82,8 @@ def plan_zoom(
     if embeds is None:
         mask = _checked_mask(input_ids, mask, 0 if cache is None else cache.get_seq_length(), kwargs, configs)
     check_padding(mask)
+    if options.zoom == "never":
+        return _plain_request(model, options, input_ids, args, configs, kwargs)
     has_images = bool((input_ids == model.config.image_token_id).any())
     if has_images or not model.config.backbone.grid.has_budget:
         crop_recipe(model.config, options)  # refuses an impossible budget before anything runs
@@ -93,11 +95,32 @@ def plan_zoom(
     refuse_learned_prompt(model)
     spans = check_prompt(model.config, input_ids, mask, kwargs)
     sources = collect_sources(source_images, spans)
-    counts = (first_setting(name, kwargs, configs) for name in ("num_beams", "num_return_sequences"))
-    repeats = max(count for count in (1, *counts) if isinstance(count, int))
-    adapters = row_adapters(model, len(input_ids), repeats)
+    adapters = row_adapters(model, len(input_ids), _repeats(configs, kwargs))
     options = _under_adapters(options, adapters)
-    return ZoomRequest(options, spans, sources, collect_grid_boxes(source_boxes, len(sources)), adapters)
+    grid_boxes = collect_grid_boxes(source_boxes, len(sources))
+    return ZoomRequest(options, spans, sources, grid_boxes, adapters, makes_cache=cache is None)
+
+
+def _plain_request(
+    model: ZoomModel,
+    options: ZoomOptions,
+    input_ids: Tensor,
+    args: tuple,
+    configs: Sequence[GenerationConfig],
+    kwargs: dict[str, Any],
+) -> ZoomRequest:
+    """The request of a call that does not zoom but has tokens left out that nobody reads."""
+    refuse_unsupported(args, configs, kwargs, "Without skip_unread=True the plain model decides about it.")
+    refuse_learned_prompt(model)
+    adapters = row_adapters(model, len(input_ids), _repeats(configs, kwargs))
+    options = _under_adapters(options, adapters)
+    return ZoomRequest(options, [], [], [], adapters, makes_cache=kwargs.get(CACHE) is None)
+
+
+def _repeats(configs: Sequence[GenerationConfig], kwargs: dict[str, Any]) -> int:
+    """How often `generate` repeats each row."""
+    counts = (first_setting(name, kwargs, configs) for name in ("num_beams", "num_return_sequences"))
+    return max(count for count in (1, *counts) if isinstance(count, int))
 
 
 def _under_adapters(options: ZoomOptions, adapters: RowAdapters | None) -> ZoomOptions:

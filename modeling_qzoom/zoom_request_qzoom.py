@@ -36,6 +36,7 @@ class ZoomRequest:
         grid_boxes: per image, the rectangle of source pixels under its grid; None for the whole image.
         expand_size: how often `generate` repeats each row (beams, return sequences).
         adapters: what peft gives the layers of this call by row, None for nothing.
+        makes_cache: whether `generate` makes the cache of this call, which may then be replaced by a longer one.
         encoder_outputs: encoded images and videos of the distinct rows.
         reports: an empty list, which the prefill fills with one report per distinct row; copies share it.
     """
@@ -46,6 +47,7 @@ class ZoomRequest:
     grid_boxes: list[Rectangle | None]
     adapters: RowAdapters | None = None
     expand_size: int = 1
+    makes_cache: bool = True
     encoder_outputs: dict[str, VisualFeatures] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom.zoom_options_qzoom import NEW_CHECKPOINT
 
 
 ModelClass = type[PreTrainedModel] | type[AutoModelForImageTextToText]
@@ -35,11 +36,12 @@ class ModelRow:
     branch_depth: int = 3
 
     def config(self, zooms: bool) -> tuple[PreTrainedConfig, ModelClass]:
-        """Configuration and class of the model, with Q-Zoom or plain."""
+        """Configuration and class of the model, with Q-Zoom as a new checkpoint has it, or plain."""
         fields = dict(self.vlm)
         if not zooms:
             return AutoConfig.for_model(fields.pop("model_type"), **fields), AutoModelForImageTextToText
-        config = QZoomConfig(vlm_config=fields, branch_layer=self.branch_layer, branch_depth=self.branch_depth)
+        places = {"branch_layer": self.branch_layer, "branch_depth": self.branch_depth}
+        config = QZoomConfig(vlm_config=fields, **places, **NEW_CHECKPOINT)
         return config, QZoomForConditionalGeneration
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bad_rows import BadRows
 from .config import DataConfig
+from .extras import needed_for
 
 
 if TYPE_CHECKING:
@@ -61,14 +62,12 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     """The records of a parquet file.
 
     Raises:
-        ImportError: pyarrow is missing; the extra `train` installs it.
+        ImportError: pyarrow is missing; the extra `stages` installs it.
         ValueError: the file is damaged.
     """
-    try:
+    with needed_for("Parquet files need pyarrow"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'qzoom[train]'.") from error
     try:
         return parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
@@ -76,10 +75,8 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _load_dataset(config: DataConfig) -> "Dataset":
-    try:
+    with needed_for("Datasets need the package datasets"):
         import datasets
-    except ImportError as error:
-        raise ImportError("Datasets need the package datasets: pip install 'qzoom[train]'.") from error
     try:
         if config.data.startswith(HUB):
             return datasets.load_dataset(config.data.removeprefix(HUB), split=config.data_split)

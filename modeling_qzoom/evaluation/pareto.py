@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.extras import needed_for
+
 
 PLAIN, ZOOM = "#6b7280", "#c2410c"
 # offset in points, and alignment, of the labels of neighbouring points, which would print over each other
@@ -17,10 +19,8 @@ def check_picture(path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: It does not write the format that the path's suffix names.
     """
-    try:
+    with needed_for("The Pareto picture needs matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The Pareto picture needs matplotlib: pip install 'qzoom[train]'.") from error
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
         raise ValueError(f"{path} names no kind of picture; its suffix has to be one of {', '.join(formats)}.")

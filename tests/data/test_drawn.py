@@ -228,7 +228,7 @@ def test_shifted_pages_without_matplotlib_say_what_to_install(monkeypatch) -> No
 
     pages.load_font.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'qzoom\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qzoom\[stages\]'"):
         draw_page(1, kind="form", split="shifted")
 
 

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 QUESTIONS = [item["question"] for item in json.loads((EXAMPLES / "assets" / "page.json").read_text())["questions"]]
-needs_parquet = pytest.mark.skipif(find_spec("pyarrow") is None, reason="the extra 'train' is not installed")
+needs_parquet = pytest.mark.skipif(
+    find_spec("pyarrow") is None, reason="neither the extra 'train' nor 'stages' is installed"
+)
 
 
 @pytest.fixture(scope="module")

@@ -274,6 +274,7 @@ def test_the_command_writes_figures_conditions_and_picture(checkpoint: str, tmp_
     conditions = result["conditions"]
     expected = {"rows": 4, "split": "test", "seed": 9, "coarse_budget": [6, 12], "crop_budget": [4, 8]}
     expected |= {"gate_threshold": 0.9, "region_threshold": [0.9, "peak"], "effort": "fast", "dtype": "float32"}
+    expected |= {"crop_rule": "fixed", "region_rules": ["fixed", 0.0, 0.0]}
     assert {name: conditions[name] for name in expected} == expected
     assert {"command", "attention", "torch", "transformers", "machine", "threads", "seconds"} <= set(conditions)
     assert [point["label"] for point in result["ladder"]] == ["8", "16", "fast", "same"]
@@ -339,7 +340,7 @@ def test_damaged_weights_end_with_one_line(checkpoint: str, tmp_path: Path, caps
 def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'qzoom\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qzoom\[stages\]'"):
         draw_pareto([], tmp_path / "pareto.png")
 
 

@@ -12,7 +12,6 @@ from hub_release import push as push_module
 from hub_release.card.parts import read_card, repository_of
 from hub_release.push import PushError, main, plan, push
 from hub_release.repository.files import files_of
-from tests.release_fixtures import published_folder
 
 
 REPOSITORY = "someone/tiny"
@@ -57,11 +56,6 @@ class StubApi:
     @property
     def sent(self) -> bool:
         return any(call[0] == "create_commit" for call in self.calls)
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return published_folder(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture

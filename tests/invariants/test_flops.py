@@ -20,7 +20,7 @@ from modeling_qzoom.backbones_qzoom import spec_for_config, token_grid_of
 from modeling_qzoom.cost_qzoom import PrefillCost, Prompt
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions, resolve_options
 from tests.families import FAMILY
-from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, vlm_config
+from tests.tiny import EVERY_TOKEN, FAMILIES, Row, make_inputs, plain_inputs, tiny_model, vlm_config
 
 
 LAYERS, BRANCH_LAYER, BRANCH_DEPTH = 8, 4, 3
@@ -160,7 +160,7 @@ def large_model(family: str) -> QZoomForConditionalGeneration:
     vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = None, 0
     budget = FAMILY[family].budget(100, 150)
     return QZoomForConditionalGeneration.from_backbone(
-        vlm, branch_layer=BRANCH_LAYER, branch_depth=BRANCH_DEPTH, zoom_config=budget
+        vlm, branch_layer=BRANCH_LAYER, branch_depth=BRANCH_DEPTH, zoom_config={**budget, **EVERY_TOKEN}
     )
 
 

@@ -63,6 +63,20 @@ def test_zoom_never_is_the_plain_backbone(pair, prompt):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
+def test_without_a_zoom_unread_tokens_are_left_out_where_a_call_asks_for_it(pair, prompt, monkeypatch):
+    family, model, vlm = pair
+    inputs, lengths = make_inputs(family, PROMPTS[prompt]), []
+    last = model.vlm.get_decoder().layers[-1]
+    hook = last.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    output = generate(model, inputs, zoom="never", skip_unread=True, return_zoom_reports=True)
+    hook.remove()
+    assert lengths == [1] * NEW_TOKENS
+    assert_equal_but_rounding(output, generate(vlm, plain_inputs(inputs)))
+    has_image = [bool(row.grids) or None in row.pieces for row in PROMPTS[prompt]]
+    assert [report.reason for report in output.zoom_reports] == ["off" if has else "no_image" for has in has_image]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_closed_gates_are_the_plain_backbone(pair, prompt):
     family, model, vlm = pair
     inputs = make_inputs(family, PROMPTS[prompt])

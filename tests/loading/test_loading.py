@@ -25,25 +25,6 @@ from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tin
 load = QZoomForConditionalGeneration.from_pretrained
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def saved(request, tmp_path_factory):
-    """(family, folder of a plain VLM, model on it, folder of the full checkpoint)."""
-    family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    base = plain_folder(family, folder / "base")
-    model = attach(base, family)
-    model.save_pretrained(folder / "full")
-    return family, base, model, folder / "full"
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """(folder of a plain Qwen2.5-VL, folder of the full checkpoint)."""
-    folder = tmp_path_factory.mktemp("qwen")
-    base = plain_folder("qwen2_5_vl", folder / "base")
-    attach(base, "qwen2_5_vl").save_pretrained(folder / "full")
-    return base, folder / "full"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["object", "hub", "flat"])
 def test_branches_are_copies_of_the_layers_above_k(family, layout, tmp_path):
@@ -84,30 +65,30 @@ def test_from_backbone_without_gate():
     assert not any("gate." in name and name.startswith("zoom.gate") for name in model.state_dict())
 
 
-def test_from_backbone_passes_dtype_and_attention_on(qwen):
-    model = attach(qwen[0], "qwen2_5_vl", dtype=torch.bfloat16, attn_implementation="eager")
+def test_from_backbone_passes_dtype_and_attention_on(qwen_full):
+    model = attach(qwen_full[0], "qwen2_5_vl", dtype=torch.bfloat16, attn_implementation="eager")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.get_decoder().config._attn_implementation == "eager"
     assert model.zoom.gate.layers[0].self_attn.config._attn_implementation == "eager"
-    assert model.config.base_model_name_or_path == qwen[0]
+    assert model.config.base_model_name_or_path == qwen_full[0]
 
 
-def test_from_backbone_keeps_the_attention_of_a_loaded_vlm(qwen):
-    vlm = AutoModelForImageTextToText.from_pretrained(qwen[0], attn_implementation="eager")
+def test_from_backbone_keeps_the_attention_of_a_loaded_vlm(qwen_full):
+    vlm = AutoModelForImageTextToText.from_pretrained(qwen_full[0], attn_implementation="eager")
     model = attach(vlm, "qwen2_5_vl")
     assert model.get_decoder().config._attn_implementation == "eager"
     assert model.zoom.region.layers[0].self_attn.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("form", ["untyped", "flat"])
-def test_text_config_as_a_raw_dict(qwen, tmp_path, form):
+def test_text_config_as_a_raw_dict(qwen_full, tmp_path, form):
     """RL-tuned repositories store the decoder's configuration without a type, older ones not as a part of its own."""
     config = json.loads((tmp_path / plain_folder("qwen2_5_vl", tmp_path / "raw") / "config.json").read_text())
     text = {key: value for key, value in config.pop("text_config").items() if key != "model_type"}
     config |= {"text_config": text} if form == "untyped" else text
     (tmp_path / "raw" / "config.json").write_text(json.dumps(config))
     model = attach(str(tmp_path / "raw"), "qwen2_5_vl")
-    assert answer(model, "qwen2_5_vl").difference(answer(load(qwen[1]), "qwen2_5_vl")) < CLOSE
+    assert answer(model, "qwen2_5_vl").difference(answer(load(qwen_full[1]), "qwen2_5_vl")) < CLOSE
     model.save_pretrained(tmp_path / "full")
     assert weights_equal(load(tmp_path / "full"), model)
 
@@ -123,9 +104,9 @@ def test_from_backbone_refuses_loading_arguments_for_a_loaded_model():
         attach(tiny_vlm("llava"), "llava", dtype=torch.bfloat16)
 
 
-def test_from_backbone_refuses_layers_beyond_the_last(qwen):
+def test_from_backbone_refuses_layers_beyond_the_last(qwen_full):
     with pytest.raises(ValueError, match="branch_layer ≤ 3"):
-        QZoomForConditionalGeneration.from_backbone(qwen[0], branch_layer=4, branch_depth=3)
+        QZoomForConditionalGeneration.from_backbone(qwen_full[0], branch_layer=4, branch_depth=3)
 
 
 def test_from_backbone_refuses_an_incomplete_base(tmp_path):
@@ -135,16 +116,16 @@ def test_from_backbone_refuses_an_incomplete_base(tmp_path):
         attach(base, "qwen2_5_vl")
 
 
-def test_full_reload_is_equal(saved):
-    family, _, model, folder = saved
+def test_full_reload_is_equal(full):
+    family, _, model, folder = full
     loaded = load(folder)
     assert weights_equal(model, loaded)
     assert answer(model, family).difference(answer(loaded, family)) < CLOSE
     assert answer(loaded, family).report.zoomed
 
 
-def test_second_generation_is_equal(saved, tmp_path):
-    _, _, model, folder = saved
+def test_second_generation_is_equal(full, tmp_path):
+    _, _, model, folder = full
     load(folder).save_pretrained(tmp_path)
     assert weights_equal(model, load(tmp_path))
     assert weight_names(tmp_path) == weight_names(folder)
@@ -162,70 +143,70 @@ def test_saved_options_come_back(tmp_path):
     assert (loaded.config.branch_layer, loaded.config.branch_depth) == (3, 2)
 
 
-def test_sharded_checkpoint_is_equal(qwen, tmp_path):
-    model = load(qwen[1])
+def test_sharded_checkpoint_is_equal(qwen_full, tmp_path):
+    model = load(qwen_full[1])
     model.save_pretrained(tmp_path, max_shard_size="300KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert weights_equal(model, load(tmp_path))
 
 
-def test_subfolder(qwen, tmp_path):
-    load(qwen[1]).save_pretrained(tmp_path / "inner")
-    assert weights_equal(load(qwen[1]), load(tmp_path, subfolder="inner"))
+def test_subfolder(qwen_full, tmp_path):
+    load(qwen_full[1]).save_pretrained(tmp_path / "inner")
+    assert weights_equal(load(qwen_full[1]), load(tmp_path, subfolder="inner"))
 
 
-def test_given_config_and_loading_info(qwen):
-    config = QZoomConfig.from_pretrained(qwen[1], gate_threshold=0.7)
-    model, info = load(qwen[1], config=config, output_loading_info=True)
+def test_given_config_and_loading_info(qwen_full):
+    config = QZoomConfig.from_pretrained(qwen_full[1], gate_threshold=0.7)
+    model, info = load(qwen_full[1], config=config, output_loading_info=True)
     assert model.config.gate_threshold == 0.7
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert load(qwen[1], gate_threshold=0.6).config.gate_threshold == 0.6
-    assert load(qwen[1], config=str(qwen[1])).config.gate_threshold == 0.1
+    assert load(qwen_full[1], gate_threshold=0.6).config.gate_threshold == 0.6
+    assert load(qwen_full[1], config=str(qwen_full[1])).config.gate_threshold == 0.1
 
 
 @pytest.mark.parametrize("prefix", ["zoom.gate.", "zoom.region.scorer.k_proj", "zoom.gate.head.bias", "zoom."])
-def test_missing_branch_weights_raise(qwen, tmp_path, prefix):
-    load(qwen[1]).save_pretrained(tmp_path)
+def test_missing_branch_weights_raise(qwen_full, tmp_path, prefix):
+    load(qwen_full[1]).save_pretrained(tmp_path)
     edit_weights(tmp_path, drop=prefix)
     with pytest.raises(ValueError, match=rf"lacks branch weights.*{prefix}"):
         load(tmp_path)
 
 
-def test_unexpected_branch_weights_raise(qwen, tmp_path):
-    load(qwen[1]).save_pretrained(tmp_path)
+def test_unexpected_branch_weights_raise(qwen_full, tmp_path):
+    load(qwen_full[1]).save_pretrained(tmp_path)
     edit_weights(tmp_path, add={"zoom.region.layers.1.mlp.up_proj.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match=r"holds unknown branch weights.*zoom.region.layers.1"):
         load(tmp_path)
 
 
-def test_gate_in_the_file_but_not_in_the_config_raises(qwen):
+def test_gate_in_the_file_but_not_in_the_config_raises(qwen_full):
     with pytest.raises(ValueError, match="holds unknown branch weights.*zoom.gate"):
-        load(qwen[1], has_gate=False)
+        load(qwen_full[1], has_gate=False)
 
 
-def test_wrongly_shaped_branch_weights_raise(qwen, tmp_path):
-    load(qwen[1]).save_pretrained(tmp_path)
+def test_wrongly_shaped_branch_weights_raise(qwen_full, tmp_path):
+    load(qwen_full[1]).save_pretrained(tmp_path)
     edit_weights(tmp_path, drop="zoom.gate.head.weight", add={"zoom.gate.head.weight": torch.zeros(1, 32)})
     with pytest.raises(ValueError, match="wrongly shaped branch weights.*zoom.gate.head.weight"):
         load(tmp_path, ignore_mismatched_sizes=True)
 
 
-def test_missing_vlm_weights_raise(qwen, tmp_path):
-    load(qwen[1]).save_pretrained(tmp_path)
+def test_missing_vlm_weights_raise(qwen_full, tmp_path):
+    load(qwen_full[1]).save_pretrained(tmp_path)
     edit_weights(tmp_path, drop="vlm.lm_head")
     with pytest.raises(ValueError, match="lacks 1 weights of the VLM"):
         load(tmp_path)
 
 
-def test_plain_folder_points_to_from_backbone(qwen):
+def test_plain_folder_points_to_from_backbone(qwen_full):
     with pytest.raises(ValueError, match="plain 'qwen2_5_vl' model.*from_backbone"):
-        load(qwen[0])
+        load(qwen_full[0])
     with pytest.raises(ValueError, match="lacks branch weights"):
-        load(qwen[0], config=QZoomConfig.from_pretrained(qwen[1]))
+        load(qwen_full[0], config=QZoomConfig.from_pretrained(qwen_full[1]))
 
 
-def test_nothing_needs_accelerate(saved, tmp_path, monkeypatch):
-    family, base, model, _ = saved
+def test_nothing_needs_accelerate(full, tmp_path, monkeypatch):
+    family, base, model, _ = full
     for name in ("loading_quantized_qzoom", "saving_addons_qzoom"):
         monkeypatch.setattr(sys.modules[f"modeling_qzoom.{name}"], "is_accelerate_available", lambda: False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
@@ -236,8 +217,8 @@ def test_nothing_needs_accelerate(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_reaches_both_parts(saved, dtype):
-    family, _, model, folder = saved
+def test_reduced_precision_reaches_both_parts(full, dtype):
+    family, _, model, folder = full
     loaded = load(folder, dtype=dtype)
     kept = {"zoom.gate.head", "zoom.region.scorer"} if dtype == torch.float16 else set()
     for name, parameter in loaded.named_parameters():
@@ -248,29 +229,29 @@ def test_reduced_precision_reaches_both_parts(saved, dtype):
     assert abs(low.report.gate_probability - full.report.gate_probability) < 0.2
 
 
-def test_attention_implementation_by_part(qwen):
-    model = load(qwen[1], attn_implementation={"": "eager", "vlm_config": "sdpa"})
+def test_attention_implementation_by_part(qwen_full):
+    model = load(qwen_full[1], attn_implementation={"": "eager", "vlm_config": "sdpa"})
     assert model.get_decoder().config._attn_implementation == "sdpa"
     assert model.vlm.model.visual.config._attn_implementation == "sdpa"
-    eager = load(qwen[1], attn_implementation="eager")
+    eager = load(qwen_full[1], attn_implementation="eager")
     assert eager.get_decoder().config._attn_implementation == "eager"
     assert eager.zoom.gate.layers[0].self_attn.config._attn_implementation == "eager"
     mixed = {"vlm_config": {"text_config": "eager", "vision_config": "sdpa"}}
-    split = load(qwen[1], attn_implementation=mixed)
+    split = load(qwen_full[1], attn_implementation=mixed)
     assert split.zoom.region.layers[0].self_attn.config._attn_implementation == "eager"
     assert split.vlm.model.visual.config._attn_implementation == "sdpa"
     difference = answer(model, "qwen2_5_vl").difference(answer(eager, "qwen2_5_vl"))
     assert 0 < difference < 1e-3  # another kernel ran, in the branches as well
 
 
-def test_attention_implementation_can_be_switched(qwen):
-    model = load(qwen[1])
+def test_attention_implementation_can_be_switched(qwen_full):
+    model = load(qwen_full[1])
     model.set_attn_implementation("eager")
     assert model.zoom.gate.layers[0].self_attn.config._attn_implementation == "eager"
 
 
-def test_offloaded_to_cpu_and_disk(saved, tmp_path):
-    family, _, model, folder = saved
+def test_offloaded_to_cpu_and_disk(full, tmp_path):
+    family, _, model, folder = full
     device_map = {"vlm.model.language_model": "disk", "vlm.lm_head": "disk", "zoom": "disk"}
     device_map |= {f"vlm.{name}": "cpu" for name in FAMILY[family].vision_modules}
     offloaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
@@ -281,8 +262,8 @@ def test_offloaded_to_cpu_and_disk(saved, tmp_path):
     assert weights_equal(model, load(tmp_path / "again"))
 
 
-def test_backbone_offloaded_before_the_branches_were_attached(saved, tmp_path):
-    family, base, model, _ = saved
+def test_backbone_offloaded_before_the_branches_were_attached(full, tmp_path):
+    family, base, model, _ = full
     vlm = AutoModelForImageTextToText.from_pretrained(base, device_map={"": "disk"}, offload_folder=tmp_path)
     assert answer(attach(vlm, family), family).difference(answer(model, family)) < CLOSE
 
@@ -311,8 +292,8 @@ def _checkpoint_layers(model) -> None:
 
 
 @pytest.mark.parametrize("mode", ["branches", "fused"])
-def test_gradient_checkpointing_changes_no_gradient(saved, mode):
-    family, _, _, folder = saved
+def test_gradient_checkpointing_changes_no_gradient(full, mode):
+    family, _, _, folder = full
     model = load(folder).train()
     expected = _gradients(model, family, mode)
     _checkpoint_layers(model)
@@ -328,8 +309,8 @@ def test_gradient_checkpointing_changes_no_gradient(saved, mode):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_with_a_frozen_backbone(qwen):
-    model = load(qwen[1]).train()
+def test_gradient_checkpointing_with_a_frozen_backbone(qwen_full):
+    model = load(qwen_full[1]).train()
     model.vlm.requires_grad_(False)
     expected = _gradients(model, "qwen2_5_vl", "branches")
     _checkpoint_layers(model)

@@ -16,7 +16,7 @@ from modeling_qzoom.asking.answers import ask
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import Session
 from modeling_qzoom.data.drawn.questions import ask_question, draw_page
-from tests.loading_fixtures import CLOSE, VISION, answer, attach, plain_folder, weights_equal
+from tests.loading_fixtures import CLOSE, VISION, answer, attach, weights_equal
 from tests.lora_support import needs_lora
 from tests.tiny import FAMILIES, Row, make_inputs, tiny_vlm
 
@@ -66,28 +66,9 @@ def expect_quantized_decoder_layers(model: nn.Module) -> None:
         assert type(model.get_submodule(name)) is nn.Linear and name not in names
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def saved(request, tmp_path_factory):
-    """(family, folder of a plain VLM, model on it, folder of the full checkpoint)."""
-    family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    base = plain_folder(family, folder / "base")
-    model = attach(base, family)
-    model.save_pretrained(folder / "full")
-    return family, base, model, folder / "full"
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """(folder of a plain Qwen2.5-VL, folder of the full checkpoint)."""
-    folder = tmp_path_factory.mktemp("qwen")
-    base = plain_folder("qwen2_5_vl", folder / "base")
-    attach(base, "qwen2_5_vl").save_pretrained(folder / "full")
-    return base, folder / "full"
-
-
-def test_zoomed_answer_in_nf4(saved):
+def test_zoomed_answer_in_nf4(full):
     """Equal to the dense model that computes with the same rounded weights, up to the kernel's bf16."""
-    family, _, dense, folder = saved
+    family, _, dense, folder = full
     small = load(folder, quantization_config=nf4(VISION[family]))
     expect_quantized_decoder_layers(small)
     rounded = load(folder)
@@ -105,7 +86,7 @@ def test_zoomed_answer_in_nf4(saved):
 
 
 @pytest.mark.parametrize("form", ["none", "list", "dict", "whole_model_names", "double", "8bit"])
-def test_what_stays_in_16_bit(qwen, form):
+def test_what_stays_in_16_bit(qwen_full, form):
     skip = None if form == "none" else ["vlm.model.visual"] if form == "whole_model_names" else ["model.visual"]
     config = nf4(skip, bnb_4bit_use_double_quant=form == "double")
     if form == "8bit":
@@ -114,9 +95,9 @@ def test_what_stays_in_16_bit(qwen, form):
         config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": skip}
     untouched = config if form == "dict" else config.to_dict()
     before = json.dumps(untouched, default=str)
-    model = load(qwen[1], quantization_config=config)
+    model = load(qwen_full[1], quantization_config=config)
     expect_quantized_decoder_layers(model)
-    dense = load(qwen[1])
+    dense = load(qwen_full[1])
     assert all(torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight) for name in KEPT)
     assert any("visual" in name for name in quantized_layers(model)) == (form == "none")
     after = config if form == "dict" else config.to_dict()
@@ -145,15 +126,15 @@ def test_quantized_save_and_reload(tmp_path, family, kind, used):
     assert answer(model, family).difference(expected) < CLOSE  # saving has not harmed the model
 
 
-def test_quantized_folder_with_another_recipe_in_the_call(qwen, tmp_path):
-    load(qwen[1], quantization_config=nf4(["model.visual"])).save_pretrained(tmp_path)
+def test_quantized_folder_with_another_recipe_in_the_call(qwen_full, tmp_path):
+    load(qwen_full[1], quantization_config=nf4(["model.visual"])).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         loaded = load(tmp_path, quantization_config=nf4(["nothing"]))
     expect_quantized_decoder_layers(loaded)
 
 
-def test_addon_quantized_while_loading(saved, tmp_path):
-    family, _, model, folder = saved
+def test_addon_quantized_while_loading(full, tmp_path):
+    family, _, model, folder = full
     model.save_addon(tmp_path / "addon")
     recipe = nf4(VISION[family])
     expected = answer(load(folder, quantization_config=recipe), family)
@@ -166,9 +147,9 @@ def test_addon_quantized_while_loading(saved, tmp_path):
     assert answer(load(tmp_path / "again", quantization_config=recipe), family).difference(expected) < CLOSE
 
 
-def test_from_backbone_in_4_bit(saved, tmp_path):
+def test_from_backbone_in_4_bit(full, tmp_path):
     """The branches are dense copies of what the quantized layers compute with."""
-    family, base, _, _ = saved
+    family, base, _, _ = full
     model = attach(base, family, quantization_config=nf4(VISION[family]))
     assert all(name.startswith("vlm.model.language_model.layers") for name in quantized_layers(model))
     assert {parameter.dtype for parameter in model.zoom.parameters()} == {torch.float32}
@@ -181,8 +162,8 @@ def test_from_backbone_in_4_bit(saved, tmp_path):
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_branches_of_a_4_bit_backbone_equal_its_dequantized_layers(qwen, used):
-    vlm = AutoModelForImageTextToText.from_pretrained(qwen[0], quantization_config=nf4(["model.visual"]))
+def test_branches_of_a_4_bit_backbone_equal_its_dequantized_layers(qwen_full, used):
+    vlm = AutoModelForImageTextToText.from_pretrained(qwen_full[0], quantization_config=nf4(["model.visual"]))
     if used:
         vlm(input_ids=torch.arange(9)[None])
     model = QZoomForConditionalGeneration.from_backbone(vlm, branch_layer=3, branch_depth=2)
@@ -196,8 +177,8 @@ def test_branches_of_a_4_bit_backbone_equal_its_dequantized_layers(qwen, used):
 
 @pytest.mark.parametrize("head", ["kept by its base", "quantized in its base"])
 @pytest.mark.parametrize("source", ["folder", "object"])
-def test_pre_quantized_base(saved, tmp_path, head, source):
-    family, base, _, _ = saved
+def test_pre_quantized_base(full, tmp_path, head, source):
+    family, base, _, _ = full
     skip = [*VISION[family], "lm_head"] if head == "kept by its base" else VISION[family]
     AutoModelForImageTextToText.from_pretrained(base, quantization_config=nf4(skip)).save_pretrained(tmp_path / "base")
     vlm = str(tmp_path / "base")
@@ -216,15 +197,15 @@ def test_pre_quantized_base(saved, tmp_path, head, source):
     assert answer(again, family).difference(expected) < CLOSE
 
 
-def test_training_the_branches_on_a_4_bit_backbone(qwen):
-    model = attach(qwen[0], "qwen2_5_vl", quantization_config=nf4(["model.visual"])).train()
+def test_training_the_branches_on_a_4_bit_backbone(qwen_full):
+    model = attach(qwen_full[0], "qwen2_5_vl", quantization_config=nf4(["model.visual"])).train()
     inputs = {"input_ids": torch.arange(12)[None], "gate_targets": torch.tensor([1.0])}
     model(**inputs).loss.backward()
     assert model.zoom.gate.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
-def test_bf16_checkpoint_in_nf4_keeps_bf16(qwen, tmp_path):
-    load(qwen[1], dtype=torch.bfloat16).save_pretrained(tmp_path)
+def test_bf16_checkpoint_in_nf4_keeps_bf16(qwen_full, tmp_path):
+    load(qwen_full[1], dtype=torch.bfloat16).save_pretrained(tmp_path)
     recipe = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -293,11 +274,11 @@ def test_demo_answers(demo, tmp_path, kind, device):
 @needs_lora
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["nf4", "double", "int8"])
-def test_training_a_lora_on_a_quantized_base(qwen, tmp_path, kind, device):
+def test_training_a_lora_on_a_quantized_base(qwen_full, tmp_path, kind, device):
     """A few steps over the fused sequence move the adapter only, and an add-on brings it back."""
     import peft
 
-    base, folder = qwen
+    base, folder = qwen_full
     recipe = recipe_of(kind, ["model.visual"])
     model = load(folder, quantization_config=recipe, device_map={"": device}, base_model_name_or_path=base)
     model.requires_grad_(False)

@@ -1,5 +1,7 @@
 """The stock Trainer of transformers: checkpoints are restored in full, and evaluation copes with ragged outputs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 from modeling_qzoom import QZoomForConditionalGeneration
 from tests.families import FAMILY
+from tests.loading_fixtures import weights_equal
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 
 
+load = QZoomForConditionalGeneration.from_pretrained
 GRIDS = [(3, 4), (2, 5), (4, 4), (1, 3)]
 
 
@@ -73,6 +77,8 @@ def test_resuming_restores_every_weight(family, tmp_path):
 
 
 def test_the_best_model_is_the_one_at_the_end(family, tmp_path):
+    """A weight that is not found by its name in a checkpoint would stay as the last step left it."""
+
     def collate(numbers):
         return with_labels(rows_of(family, numbers))
 
@@ -80,17 +86,20 @@ def test_the_best_model_is_the_one_at_the_end(family, tmp_path):
         tiny_model(family),
         collate,
         tmp_path,
-        max_steps=3,
+        max_steps=2,
         save_steps=1,
         eval_steps=1,
         eval_strategy="steps",
         load_best_model_at_end=True,
-        prediction_loss_only=True,
-        learning_rate=10.0,  # so much that training only makes it worse
+        metric_for_best_model="age",
+        greater_is_better=False,
     )
+    ages = itertools.count()
+    trainer.compute_metrics = lambda _: {"age": next(ages)}  # so the first is the best, whatever the loss does
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    best = QZoomForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
+    best, last = (load(tmp_path / f"checkpoint-{step}") for step in (1, 2))
+    assert not weights_equal(best, last)
     assert_same(trainer.model, best)
 
 

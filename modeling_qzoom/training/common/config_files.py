@@ -8,6 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
+from ...data.extras import needed_for
+
 
 Config = TypeVar("Config")
 
@@ -79,12 +81,10 @@ def _parse_yaml(text: str, name: str) -> Any:
 
     Raises:
         ValueError: It is no YAML.
-        ImportError: PyYAML is missing; the extra `train` installs it.
+        ImportError: PyYAML is missing; the extra `stages` installs it.
     """
-    try:
+    with needed_for("Training configurations need PyYAML"):
         import yaml
-    except ImportError as error:
-        raise ImportError("Training configurations need PyYAML: pip install 'qzoom[train]'.") from error
     try:
         return yaml.safe_load(text)
     except (
@@ -100,7 +100,7 @@ def read_yaml(path: str | Path) -> Any:
 
     Raises:
         ValueError: It does not exist or is no YAML.
-        ImportError: PyYAML is missing; the extra `train` installs it.
+        ImportError: PyYAML is missing; the extra `stages` installs it.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,14 +1,11 @@
 """Fresh branches: copies of the backbone's layers, one branch at a time, so that the other one stays as it is."""
 
 import copy
-from types import SimpleNamespace
-from typing import Any
 
 from torch import nn
 
 from ... import QZoomForConditionalGeneration
-from ...loading_quantized_qzoom import dense_state
-from ...loading_qzoom import copy_branches_from_decoder
+from ...loading_qzoom import start_gate, start_region
 from ...zoom_branches_qzoom import GateBranch
 
 
@@ -26,17 +23,15 @@ def _without_lora(layer: nn.Module) -> nn.Module:
     return plain
 
 
-def _decoder(model: QZoomForConditionalGeneration) -> Any:
-    """What branches are copied from: the decoder's layers from K on."""
-    decoder, first = model.vlm.get_decoder(), model.config.branch_layer
-    layers = [_without_lora(decoder.layers[first + index]) for index in range(model.config.branch_depth)]
-    return SimpleNamespace(layers=layers, norm=decoder.norm)
+def _layers(model: QZoomForConditionalGeneration) -> list[nn.Module]:
+    """Decoder layers K … K+T-1, which branches are copied from."""
+    layers, first = model.vlm.get_decoder().layers, model.config.branch_layer
+    return [_without_lora(layers[first + index]) for index in range(model.config.branch_depth)]
 
 
 def reset_region(model: QZoomForConditionalGeneration) -> None:
     """Start the region branch from decoder layers K … K+T-1 (paper III-C)."""
-    branch: Any = SimpleNamespace(gate=None, region=model.zoom.region)
-    copy_branches_from_decoder(branch, _decoder(model), 0, model.config.branch_depth)
+    start_region(model.zoom.region, _layers(model), model.vlm.get_decoder().norm)
 
 
 def check_gate(model: QZoomForConditionalGeneration) -> GateBranch:
@@ -55,8 +50,4 @@ def check_gate(model: QZoomForConditionalGeneration) -> GateBranch:
 
 def reset_gate(model: QZoomForConditionalGeneration) -> None:
     """Start the gate from decoder layers K … K+T-1, and its head from small random weights (paper III-B)."""
-    gate = check_gate(model)
-    for layer, source in zip(gate.layers, _decoder(model).layers, strict=True):
-        layer.load_state_dict(dense_state(source))
-    nn.init.normal_(gate.head.weight, std=model.config.get_text_config().initializer_range)
-    nn.init.zeros_(gate.head.bias)
+    start_gate(check_gate(model), _layers(model), model.config.get_text_config().initializer_range)

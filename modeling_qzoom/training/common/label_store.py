@@ -13,6 +13,7 @@ from typing import Any
 
 from ...data.bad_rows import BadRows
 from ...data.config import DataConfig
+from ...data.extras import needed_for
 from ...data.files import read_json, write_json, written_whole
 from ...data.records import read_parquet
 from ...data.rows import Row, Rows
@@ -96,9 +97,12 @@ class ShardStore:
 
     Raises:
         ValueError: the folder holds labels made from something else.
+        ImportError: pyarrow is missing; the extra `stages` installs it.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, count: int) -> None:
+        with needed_for("Labels are parquet files, which need pyarrow"):
+            import pyarrow  # noqa: F401
         self.folder, self.count = Path(folder), count
         self.folder.mkdir(parents=True, exist_ok=True)
         current = {**vars(manifest), "shards": count}

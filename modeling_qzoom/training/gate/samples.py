@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ...asking.budgets import at_budget
-from ...asking.chats import encode_prompts, render, stack_features
+from ...asking.chats import stack_features
 from ...asking.session import Session
 from ...data.rows import Row
+from ..common.branch_dataset import BranchDataset
 from ..common.trainer import Counts, Key
 from .config import TrainGateConfig
 from .record import GateRow
 from .rule import draw_rung
 
 
-class GateDataset(Dataset[dict[str, Any]]):
+class GateDataset(BranchDataset):
     """Rows, each at the resolution that is drawn for it in an epoch.
 
     Args:
@@ -31,8 +31,8 @@ class GateDataset(Dataset[dict[str, Any]]):
     def __init__(
         self, session: Session, gate_rows: list[GateRow], rows: dict[str, Row], config: TrainGateConfig, coarse: int
     ) -> None:
-        self.processor, self.vlm_config = session.processor, session.model.config.vlm_config
-        self.gate_rows, self.rows, self.config, self.coarse = gate_rows, rows, config, coarse
+        super().__init__(session, rows)
+        self.gate_rows, self.config, self.coarse = gate_rows, config, coarse
 
     def __len__(self) -> int:
         return len(self.gate_rows)
@@ -43,12 +43,8 @@ class GateDataset(Dataset[dict[str, Any]]):
         record = self.gate_rows[index].record
         rng = random.Random(f"rung/{self.config.seed}/{epoch}/{index}")
         rung, target = draw_rung(self.gate_rows[index], len(record.ladder), self.config, rng, self.coarse)
-        image = self.rows[record.id].load_image(self.processor.max_source_pixels)
-        view, budget = at_budget(image, record.ladder[rung], self.vlm_config)
-        text = render(self.processor, [(record.question, None)], self.config)
-        features = encode_prompts(self.processor, [view], [text], budget)
-        for name in ("source_images", "source_boxes"):
-            features.pop(name, None)
+        view, budget = at_budget(self.load_image(record.id), record.ladder[rung], self.vlm_config)
+        features = self.coarse_inputs(view, [(record.question, None)], budget)
         return {"features": features, "target": target}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...asking.fingerprints import backbone_fingerprint
 from ...asking.session import open_session
+from ...data.extras import needed_for
 from ...data.files import check_output_file, write_text
 from .config import FindHeadsConfig, Heads, LabelRule
 from .head_scores import HeadScores, measure_heads
@@ -73,12 +74,10 @@ def write_heads(path: str | Path, content: dict[str, Any]) -> None:
     """Write the YAML file that `label-regions` reads; a reader never sees half of it.
 
     Raises:
-        ImportError: PyYAML is missing; the extra `train` installs it.
+        ImportError: PyYAML is missing; the extra `stages` installs it.
     """
-    try:
+    with needed_for("The heads file needs PyYAML"):
         import yaml
-    except ImportError as error:
-        raise ImportError("The heads file needs PyYAML: pip install 'qzoom[train]'.") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=119))

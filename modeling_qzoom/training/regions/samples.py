@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ...asking.chats import encode_prompts, query_columns, render, stack_features
+from ...asking.chats import Turn, query_columns, stack_features
 from ...asking.metrics import exact_match
 from ...asking.session import Session
 from ...backbones_qzoom import token_grid_of
 from ...data.rows import Row, by_image
 from ...training_losses_qzoom import IGNORED
+from ..common.branch_dataset import BranchDataset
 from ..common.trainer import Counts, Key
 from .config import LabelRule
 from .record import RegionRecord
@@ -83,7 +83,7 @@ def sequences(records: Sequence[RegionRecord], most: int) -> list[list[RegionRec
     return [group[start : start + most] for group in groups for start in range(0, len(group), most)]
 
 
-class RegionDataset(Dataset[dict[str, Any]]):
+class RegionDataset(BranchDataset):
     """Sequences of questions about one image, with one map a question.
 
     Args:
@@ -96,9 +96,8 @@ class RegionDataset(Dataset[dict[str, Any]]):
     def __init__(
         self, session: Session, groups: list[list[RegionRecord]], rows: dict[str, Row], rule: LabelRule
     ) -> None:
-        self.processor, self.config = session.processor, session.config
-        self.vlm_config = session.model.config.vlm_config
-        self.groups, self.rows, self.rule = groups, rows, rule
+        super().__init__(session, rows)
+        self.groups, self.rule = groups, rule
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -106,17 +105,14 @@ class RegionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """Model inputs of one sequence, (Q, h, w) `targets` and Q `columns` of the asking tokens."""
         group = self.groups[key[1]]
-        image = self.rows[group[0].id].load_image(self.processor.max_source_pixels)
         # the model's own responses stand between the questions, as they did when the maps were taken
-        turns: list[tuple[str, str | None]] = [(record.question, record.response) for record in group]
+        turns: list[Turn] = [(record.question, record.response) for record in group]
         turns[-1] = (turns[-1][0], None)
-        features = encode_prompts(self.processor, [image], [render(self.processor, turns, self.config)])
-        for name in ("source_images", "source_boxes"):
-            features.pop(name, None)
+        features = self.coarse_inputs(self.load_image(group[0].id), turns)
         image_tokens = int((features["input_ids"] == self.vlm_config.image_token_id).sum())
         (grid,) = token_grid_of(self.vlm_config).token_grids(image_tokens, features.get("image_grid_thw"))
         targets = torch.stack([load_region_targets(record, grid, self.rule) for record in group])
-        columns = query_columns(self.processor, features["input_ids"][0], turns, self.config)
+        columns = query_columns(self.processor, features["input_ids"][0], turns, self.prompts)
         return {"features": features, "targets": targets, "columns": columns}
 
 

@@ -1,6 +1,7 @@
 """Shards of labels: written whole or not at all, each row in exactly one of them."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,13 @@ def test_half_a_shard_is_no_shard(tmp_path, monkeypatch) -> None:
     make_labels(tmp_path, MANIFEST, _rows(), 5, _label)
     assert _ids(tmp_path) == list("01245689")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_pyarrow_no_row_is_labelled(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"need pyarrow: pip install 'qzoom\[stages\]'"):
+        make_labels(tmp_path / "labels", MANIFEST, _rows(), 5, lambda *_: pytest.fail("labelled"))
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_shard_without_a_usable_row(tmp_path) -> None:
