@@ -40,8 +40,12 @@ class ModelRow:
         fields = dict(self.vlm)
         if not zooms:
             return AutoConfig.for_model(fields.pop("model_type"), **fields), AutoModelForImageTextToText
-        places = {"branch_layer": self.branch_layer, "branch_depth": self.branch_depth}
-        config = QZoomConfig(vlm_config=fields, **places, **NEW_CHECKPOINT)
+        options: dict[str, Any] = {
+            "branch_layer": self.branch_layer,
+            "branch_depth": self.branch_depth,
+            **NEW_CHECKPOINT,
+        }
+        config = QZoomConfig(vlm_config=fields, **options)
         return config, QZoomForConditionalGeneration
 
 

@@ -63,6 +63,8 @@ class Setting:
         lengths: dict[str, Any] = {"text_tokens": self.text_tokens, "crop_tokens": self.crop_tokens}
         if token_grid_of(config.vlm_config).has_budget:
             lengths |= {"max_tokens": self.source_tokens, "min_tokens": 1}
+            # the checkpoint's own bounds give way
+            lengths |= {"crop_min_tokens": self.crop_tokens, "crop_max_tokens": self.crop_tokens}
         cost = zoom_cost(config, SQUARE, **lengths, **(options or self.options))
         if cost.plain.visual_tokens != self.source_tokens and not token_grid_of(config.vlm_config).has_budget:
             raise ValueError(
