@@ -6,6 +6,7 @@ are zero, every gate says one half, and heat maps are flat.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -104,3 +105,23 @@ def counted_flops(function: Callable[[], Any]) -> tuple[int, Any]:
     with _NoNumbers(), counter:
         result = function()
     return counter.get_total_flops(), result
+
+
+def with_short_tower(config: QZoomConfig) -> QZoomConfig:
+    """The same shapes with a vision tower of few blocks.
+
+    The tower is a class of transformers that is called as it is, and its windows are many small calls, which take most
+    of the time that counting takes.
+    """
+    config = deepcopy(config)
+    vision = config.vision_config
+    if not hasattr(vision, "depth"):
+        vision.num_hidden_layers = 2
+        return config
+    levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    vision.depth = max(2, levels)
+    if levels:
+        vision.deepstack_visual_indexes = list(range(levels))
+    if hasattr(vision, "fullatt_block_indexes"):
+        vision.fullatt_block_indexes = [vision.depth - 1]
+    return config

@@ -29,7 +29,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 def _text(config: PreTrainedConfig, count: int, generator: torch.Generator) -> Tensor:
     """(count,) random ids of ordinary tokens."""
     special = _special_ids(config)
-    ordinary = torch.tensor([token for token in range(min(1000, config.get_text_config().vocab_size))])
+    ordinary = torch.arange(min(1000, config.get_text_config().vocab_size))
     ordinary = ordinary[~torch.isin(ordinary, torch.tensor(sorted(special)))]
     return ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
 

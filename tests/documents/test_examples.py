@@ -155,6 +155,19 @@ def test_dial(run):
     assert reasons[-1] == "off" and set(reasons) <= set(REASONS)
 
 
+def test_benchmark(run, tmp_path):
+    small = ("--source-tokens", "64", "--crop-tokens", "16", "--budgets", "64", "256", "--output", tmp_path / "b.json")
+    text = run("benchmark", "--flops", "--gate", "light", "--keep-share", "0.1", *small)
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["gate"], found["region"], found["keep_share"]) == ("light", "full", 0.1)
+    assert found["done_over_needed"] == pytest.approx(1, abs=0.02)
+    assert found["page_over_plain"] < found["skip_over_plain"] < found["zoom_over_plain"]
+    assert f"{found['skip_over_plain']:.4f}" in text and len(found["table"]) == 12
+    timed = run("benchmark", "--time", "--runs", "1", "--batch", "2", "--zoom-share", "0.5", *small)
+    (row,) = json.loads((tmp_path / "b.json").read_text())["time"]["rows"]
+    assert (row["batch"], row["zooming"]) == (2, 1) and timed.count("\n| 64 + 16 |") == 1
+
+
 def test_attach(run, tmp_path):
     counts, same, loaded = run("attach", "--output", tmp_path / "addon").splitlines()
     assert counts.startswith("Qwen2_5_VLForConditionalGeneration: ")
