@@ -9,11 +9,13 @@ from transformers import (
 )
 
 from .configuration_qzoom import QZoomConfig
+from .cost_prediction_qzoom import ZoomCost, zoom_cost
 from .errors_qzoom import CheckpointError, InputError, QZoomError, UnsupportedError
 from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
 from .processing_qzoom import QZoomProcessor
 from .report_drawing_qzoom import overlay
 from .report_qzoom import ZoomReport
+from .zoom_pages_qzoom import Page
 
 
 __version__ = "0.1.0"
@@ -21,14 +23,17 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 
 AutoConfig.register("qzoom", QZoomConfig, exist_ok=True)

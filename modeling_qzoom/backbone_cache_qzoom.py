@@ -1,12 +1,12 @@
 """The cache of keys and values: what transformers calls it, what a layer holds, and what travels on it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -48,16 +48,58 @@ def name_cache(kwargs: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What some layers know of the tokens in front of those that they run.
+
+    Attributes:
+        cache: keys and values (B, heads, P, head_dim) of these tokens in every one of the layers, which extend it.
+        visible: (B, P) long, 0 on padding.
+        states: (B, P, D) that the last of the layers made of them; None where nobody reads it.
+    """
+
+    cache: DynamicCache
+    visible: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """Which tokens the layers of a cache hold, where they hold different ones.
+
+    Attributes:
+        masks: the distinct masks, (B, n_i) long each, 0 on padding and on hidden tokens; of the prefill alone.
+        by_layer: per decoder layer the index of its mask.
+    """
+
+    masks: tuple[Tensor, ...]
+    by_layer: tuple[int, ...]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring layers [first, last) with one mask, and its index."""
+        first = 0
+        for last in range(1, len(self.by_layer) + 1):
+            if last == len(self.by_layer) or self.by_layer[last] != self.by_layer[first]:
+                yield first, last, self.by_layer[first]
+                first = last
+
+    def repeat(self, times: int) -> "LayerMasks":
+        """Every row so many times in a row, as beams want them."""
+        return replace(self, masks=tuple(mask.repeat_interleave(times, dim=0) for mask in self.masks))
+
+
+@dataclass(frozen=True)
 class CacheNotes:
     """What later calls must know of a cache besides its keys and values.
 
     Attributes:
         position_offset: (B, 1), how far the M-RoPE positions run ahead of the number of tokens; None if not at all.
         holds_crops: whether it holds a crop, which the prompt does not.
+        layer_masks: what its layers hold, where they hold different tokens.
     """
 
     position_offset: Tensor | None = None
     holds_crops: bool = False
+    layer_masks: LayerMasks | None = None
 
 
 def notes_of(cache: Cache | None) -> CacheNotes:
@@ -66,7 +108,13 @@ def notes_of(cache: Cache | None) -> CacheNotes:
     return CacheNotes() if notes is None else notes
 
 
-def write_notes(cache: Cache, *, position_offset: Tensor | None = None, holds_crops: bool | None = None) -> None:
+def write_notes(
+    cache: Cache,
+    *,
+    position_offset: Tensor | None = None,
+    holds_crops: bool | None = None,
+    layer_masks: LayerMasks | None = None,
+) -> None:
     """Adds to the notes on a cache what is given.
 
     They are an attribute of the cache, whoever made it: they must go with it from turn to turn and into its copies.
@@ -76,6 +124,8 @@ def write_notes(cache: Cache, *, position_offset: Tensor | None = None, holds_cr
         notes = replace(notes, position_offset=position_offset)
     if holds_crops is not None:
         notes = replace(notes, holds_crops=holds_crops)
+    if layer_masks is not None:
+        notes = replace(notes, layer_masks=layer_masks)
     cache.qzoom_notes = notes
 
 
@@ -104,10 +154,40 @@ def zoomable_cache(cache: Cache | None) -> DynamicCache:
         kind = f"an offloaded {kind}" if getattr(cache, "offloading", False) else kind
         raise UnsupportedError(
             "zooming needs a plain DynamicCache, because the crop's length is known only after the coarse pass; "
-            f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults, or pass "
-            "zoom='never'."
+            f"this call uses {kind}. Leave use_cache and cache_implementation at their defaults (or pass "
+            "cache_implementation='static' instead of a static cache), or pass zoom='never'."
         )
     return cache
+
+
+def is_static(cache: Cache | None) -> bool:
+    """Whether a cache is a static one on the model's devices, such as `generate` makes where it is asked to."""
+    return type(cache) is StaticCache and not getattr(cache, "offloading", False)
+
+
+# lengths of static caches are rounded up, because a compiled step is compiled anew for every other length
+STATIC_STEP = 64
+
+
+def static_copy(config: PreTrainedConfig, cache: DynamicCache, length: int) -> StaticCache:
+    """A static cache with the contents of a growing one, and with its notes.
+
+    Args:
+        config: the decoder's configuration.
+        cache: the growing cache; it is emptied layer by layer, so that no two copies of all layers exist.
+        length: number of tokens that it must hold in the end.
+    """
+    static = StaticCache(config=config, max_cache_len=-(-length // STATIC_STEP) * STATIC_STEP)
+    for index, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, index)
+        layer.keys = layer.values = None
+    static.qzoom_notes = notes_of(cache)
+    return static
+
+
+def one_layer(cache: Cache, layer: int) -> Cache:
+    """A layer of a cache as a cache of its own, for masks, which are made for a cache's first layer."""
+    return Cache(layers=[cache.layers[layer]])
 
 
 def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
@@ -116,11 +196,12 @@ def layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def set_layer_states(cache: DynamicCache, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Replaces what a layer has cached."""
-    if len(cache.layers) > layer and cache.layers[layer].is_initialized:
-        cache.layers[layer].keys, cache.layers[layer].values = keys, values
-    else:
-        cache.update(keys, values, layer)
+    """Replaces what a layer has cached, without a copy."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    if not cache.layers[layer].is_initialized:
+        cache.layers[layer].lazy_initialization(keys, values)
+    cache.layers[layer].keys, cache.layers[layer].values = keys, values
 
 
 def _gather_cached(states: Tensor, columns: Tensor) -> Tensor:

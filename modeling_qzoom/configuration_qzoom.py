@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,9 +10,10 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
+from .backbones_qzoom import BackboneSpec, spec_for_config
+from .configuration_fields_qzoom import as_json, as_vlm_config, checked_statistics
 from .errors_qzoom import CheckpointError, InputError
-from .messages_qzoom import one_line, similar
+from .messages_qzoom import similar
 from .zoom_options_qzoom import (
     OPTION_NAMES,
     ZoomOptions,
@@ -48,49 +48,6 @@ def refuse_misspelt(names: Iterable[str]) -> None:
         close = similar(name.replace("-", "_"), known, _MISSPELT)
         if close and not name.startswith("_"):
             raise CheckpointError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
-
-
-def _as_vlm_config(value: Any) -> PreTrainedConfig:
-    """The wrapped VLM's configuration, from any form that it may have.
-
-    Raises:
-        CheckpointError: it is none.
-        UnsupportedError: the VLM's family is unknown.
-    """
-    if value is None:
-        value = {"model_type": "qwen2_5_vl"}
-    if isinstance(value, PreTrainedConfig):
-        return value
-    if not isinstance(value, dict):
-        raise CheckpointError(f"vlm_config must be a dict or a configuration of transformers, got {value!r}.")
-    fields = dict(value)
-    model_type = fields.pop("model_type", "qwen2_5_vl")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"vlm_config: model_type must be a name, got {model_type!r}.")
-    spec_for_model_type(model_type)  # its error is the clearer one
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise CheckpointError(f"vlm_config is no {model_type!r} configuration: {one_line(error)}") from error
-
-
-def _checked_statistics(name: str, value: Any) -> list[float]:
-    """`image_mean` or `image_std` as three Python numbers."""
-    try:
-        numbers = [python_number(number) for number in value]
-    except TypeError:
-        numbers = []
-    usable = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
-    if len(numbers) != 3 or not usable or not all(math.isfinite(number) for number in numbers):
-        raise CheckpointError(f"{name} must be three finite numbers, one a colour channel, got {value!r}.")
-    if name == "image_std" and min(numbers) <= 0:
-        raise CheckpointError(f"image_std must be above 0, since pixel values are divided by it, got {value!r}.")
-    return numbers
-
-
-def _as_json(value: Any) -> Any:
-    content = value.to_dict() if isinstance(value, PreTrainedConfig) else value
-    return json.loads(json.dumps(content, default=str))
 
 
 class QZoomConfig(PreTrainedConfig):
@@ -132,6 +89,18 @@ class QZoomConfig(PreTrainedConfig):
         position_alignment (`str`, *optional*):
             `"continuous"` (fractional positions inside the coarse image) or `"sequential"`. Default: continuous where
             the VLM has M-RoPE, sequential elsewhere.
+        gate_branch, region_branch (`str`, *optional*, defaults to `"full"`):
+            `"light"`: in the branch's layers text is updated and visual tokens only give keys and values, as they
+            are after layer K. The gate bears it untrained; a region branch must be trained so.
+        keep_share (`float`, *optional*, defaults to 1.0):
+            Share of the zoomed image's coarse tokens that a zooming row keeps above layer K: the hottest of the heat
+            map, those in and around the region first. The others are absent there, and positions keep their holes.
+        keep_margin (`int`, *optional*, defaults to 1):
+            Cells around the region that count as part of it when `keep_share` is below 1.
+        skip_unread (`bool`, *optional*):
+            Whether the last decoder layer of a prefill, and the gate's, update only the token that is read, and rows
+            that begin with the same tokens and image run them once (not with `zoom="never"`). It changes no result
+            beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
         effort (`str`, *optional*):
             Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
@@ -192,13 +161,18 @@ class QZoomConfig(PreTrainedConfig):
         region_blur: str = "fixed",
         region_min_peak: float = 0.0,
         region_min_contrast: float = 0.0,
+        gate_branch: str = "full",
+        region_branch: str = "full",
+        keep_share: float = 1.0,
+        keep_margin: int = 1,
+        skip_unread: bool | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_misspelt(kwargs)
         tied = kwargs.pop("tie_word_embeddings", None)
         if tied is not None and (vlm_config is None or isinstance(vlm_config, dict)):
             vlm_config = {"tie_word_embeddings": tied, **(vlm_config or {})}
-        self.vlm_config: PreTrainedConfig = _as_vlm_config(vlm_config)
+        self.vlm_config: PreTrainedConfig = as_vlm_config(vlm_config)
         spec = spec_for_config(self.vlm_config)
         if tied is not None and tied != self.tie_word_embeddings:
             raise CheckpointError(
@@ -206,7 +180,7 @@ class QZoomConfig(PreTrainedConfig):
                 "it there."
             )
         for name in _OF_THE_VLM:
-            if name in kwargs and _as_json(kwargs.pop(name)) != _as_json(getattr(self, name)):
+            if name in kwargs and as_json(kwargs.pop(name)) != as_json(getattr(self, name)):
                 raise CheckpointError(f"{name} is the VLM's own and belongs into vlm_config, which says otherwise.")
         self.branch_layer = branch_layer
         self.branch_depth = branch_depth
@@ -218,6 +192,11 @@ class QZoomConfig(PreTrainedConfig):
         self.crop_min_tokens = crop_min_tokens
         self.crop_max_tokens = crop_max_tokens
         self.position_alignment = position_alignment
+        self.gate_branch = gate_branch
+        self.region_branch = region_branch
+        self.keep_share = keep_share
+        self.keep_margin = keep_margin
+        self.skip_unread = skip_unread
         self.crop_budget = crop_budget
         self.crop_target_tokens = crop_target_tokens
         self.region_blur = region_blur
@@ -262,7 +241,7 @@ class QZoomConfig(PreTrainedConfig):
         if not isinstance(self.has_gate, bool):
             raise CheckpointError(f"has_gate must be True or False, got {self.has_gate!r}.")
         for name in ("image_mean", "image_std"):
-            setattr(self, name, _checked_statistics(name, getattr(self, name)))
+            setattr(self, name, checked_statistics(name, getattr(self, name)))
         self._check_places()
         if not isinstance(self.presets, dict) or not all(isinstance(name, str) for name in self.presets):
             raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")

@@ -9,27 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_cache_qzoom import CACHE, notes_of, write_notes, zoomable_cache
+from .backbone_cache_qzoom import CACHE, is_static, notes_of, static_copy, write_notes, zoomable_cache
 from .configuration_qzoom import QZoomConfig
 from .generation_refusals_qzoom import check_padding, refuse_batched_images
+from .plain_prefill_qzoom import plain_prefill
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
 from .zoom_branches_qzoom import ZoomBranches
+from .zoom_page_call_qzoom import QZoomPageMixin
 from .zoom_prefill_qzoom import zoom_prefill
-from .zoom_request_qzoom import ZoomRequest
+from .zoom_request_qzoom import ZoomRequest, unread_inputs
 
 
 # the keyword under which a request travels through transformers' `generate`
 REQUEST = "zoom_request"
 
 
-class QZoomGenerationMixin(GenerationMixin):
+class QZoomGenerationMixin(QZoomPageMixin, GenerationMixin):
     """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
 
     config: QZoomConfig
@@ -78,6 +80,12 @@ class QZoomGenerationMixin(GenerationMixin):
         positions = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
         return positions, positions[1:].amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        request: ZoomRequest | None = model_kwargs.get(REQUEST)
+        if request is not None:
+            model_kwargs = unread_inputs(self.config, request, model_kwargs)
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -90,7 +98,9 @@ class QZoomGenerationMixin(GenerationMixin):
             # the zooming prefill runs distinct rows; expansion below repeats the encoder's lists in place
             encoded = model_kwargs.get("mm_encoder_outputs") or {}
             features = {kind: as_visual_features(output) for kind, output in encoded.items() if output is not None}
-            model_kwargs[REQUEST] = replace(request, expand_size=expand_size, encoder_outputs=features)
+            model_kwargs[REQUEST] = replace(request, expand_size=expand_size).with_features(features)
+            if request.unread_images() is not None:
+                model_kwargs.pop("mm_encoder_outputs", None)  # which would have to hold every image to be repeated
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -126,11 +136,14 @@ class QZoomGenerationMixin(GenerationMixin):
             write_notes(cache, position_offset=positions[1, :, -1:] - positions[0, :, -1:])
         if request is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache, mask, repeat = zoomable_cache(cache), model_kwargs.get("attention_mask"), request.expand_size
+        is_compiled = is_static(cache) and request.makes_cache
+        cache = DynamicCache(config=self.config.get_text_config()) if is_compiled else zoomable_cache(cache)
+        mask, repeat = model_kwargs.get("attention_mask"), request.expand_size
         check_padding(mask)  # generate may have inferred it from pad tokens
         distinct = range(0, len(input_ids), repeat)
         with run_rows(request.adapters, range(len(distinct))):
-            prefill = zoom_prefill(
+            run_prefill = plain_prefill if request.is_plain else zoom_prefill
+            prefill = run_prefill(
                 self,
                 request,
                 pick(input_ids, distinct),
@@ -145,7 +158,12 @@ class QZoomGenerationMixin(GenerationMixin):
             model_kwargs["position_ids"] = prefill.positions.repeat(repeat).for_decoder()
             model_kwargs.pop("mm_token_type_ids", None)
             write_notes(cache, holds_crops=True)
+            if prefill.layer_masks is not None:
+                write_notes(cache, layer_masks=prefill.layer_masks.repeat(repeat))
         if repeat > 1:
             cache.batch_repeat_interleave(repeat)
             logits = logits.repeat_interleave(repeat, dim=0)
+        if is_compiled:  # now the length is known
+            new_tokens = generation_config.max_length - input_ids.shape[1]
+            cache = static_copy(self.config.get_text_config(), cache, cache.get_seq_length() + new_tokens)
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})

@@ -153,13 +153,16 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[str, Any]) -> None:
-    """Checks a call that may zoom.
+def refuse_unsupported(
+    args: tuple, generation_configs: Sequence, kwargs: dict[str, Any], way_out: str = _PLAIN
+) -> None:
+    """Checks a call whose prefill is ours, as that of one that may zoom is.
 
     Args:
         args: positional arguments of `generate` after the generation config.
         generation_configs: generation configs in force, the call's before the model's.
         kwargs: keyword arguments of `generate`, the cache under the name that transformers gives it.
+        way_out: the sentence behind each reason.
 
     Raises:
         UnsupportedError: names the feature, the reason and the way out.
@@ -169,4 +172,4 @@ def refuse_unsupported(args: tuple, generation_configs: Sequence, kwargs: dict[s
     named = {**dict(zip(after_config, args)), **kwargs}
     for name, is_refused, reason in _REFUSED:
         if is_refused(first_setting(name, named, generation_configs)):
-            raise UnsupportedError(f"{reason.format(name=name)}. {_PLAIN}")
+            raise UnsupportedError(f"{reason.format(name=name)}. {way_out}")

@@ -14,10 +14,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_adapters_qzoom import no_adapters_left
-from .backbone_cache_qzoom import CACHE, given_cache, name_cache, notes_of, write_notes
+from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, notes_of, write_notes
+from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import InputError
+from .cost_prediction_qzoom import QZoomCostMixin
+from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
@@ -28,7 +30,8 @@ from .training_checks_qzoom import check_combination, check_names, check_trainin
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
-from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
+from .zoom_pages_qzoom import Page
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -87,7 +90,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
 
 
-class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
+class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
     def __init__(self, config: QZoomConfig) -> None:
@@ -237,6 +240,9 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             items = kwargs.get("num_items_in_batch")
             loss, logits = fused_language_pass(self, ids, attention_mask, vision, labels, *sources, items)
             return self._with_branches(QZoomOutput(loss=loss, logits=logits))
+        layer_masks = notes_of(cache).layer_masks
+        if layer_masks is not None and cache is not None:
+            return self._planned_step(input_ids, position_ids, cache, layer_masks, logits_to_keep)
         offset = None
         if position_ids is None and input_ids is not None:
             position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
@@ -261,6 +267,25 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             noted = notes_of(outputs.get(CACHE)).position_offset
             values["rope_deltas"] = offset if noted is None else noted
         return self._with_branches(QZoomOutput(**values))
+
+    def _planned_step(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache,
+        layer_masks: LayerMasks,
+        logits_to_keep: int | Tensor,
+    ) -> QZoomOutput:
+        """A step of `generate` behind a prefill whose layers hold different tokens."""
+        if input_ids is None or position_ids is None:
+            raise UnsupportedError(
+                "this cache comes from a turn that zoomed with keep_share below 1, and only `generate` can go on from "
+                "it. Pass the whole conversation without a cache."
+            )
+        hidden = decode(self.vlm, input_ids, position_ids, cache, layer_masks)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.vlm.get_output_embeddings()(hidden[:, kept])
+        return QZoomOutput(logits=logits, **{CACHE: cache})
 
     def _with_branches(self, output: QZoomOutput) -> QZoomOutput:
         """The result of a pass that runs no branch, for wrappers that wait for every trainable weight."""
@@ -291,8 +316,14 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         region_blur: str | None = None,
         region_min_peak: float | None = None,
         region_min_contrast: float | None = None,
+        gate_branch: str | None = None,
+        region_branch: str | None = None,
+        keep_share: float | None = None,
+        keep_margin: int | None = None,
+        skip_unread: bool | None = None,
         return_zoom_reports: bool | None = None,
         zoom_reports: list[ZoomReport] | None = None,
+        page: Page | Sequence[Page | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -312,38 +343,30 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_threshold_mode: `"absolute"`, or `"peak"`: relative to the map's largest value.
             crop_min_tokens, crop_max_tokens: budget of the crop in merged visual tokens.
             position_alignment: `"continuous"` or `"sequential"` positions of the crop's tokens.
+            gate_branch, region_branch: `"full"`, or `"light"`: visual tokens stay as they are in the branch's layers.
+            keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
+            keep_margin: cells around the region that are kept before others.
+            skip_unread: runs no layer for tokens that nobody reads, and what rows share once; changes only rounding.
             crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
             crop_target_tokens: up to how many tokens the last two enlarge a region.
             region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
-            region_min_peak: smallest peak of a heat map that is zoomed into.
-            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
+            region_min_peak, region_min_contrast: smallest peak, and peak over mean, of a map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
             zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
                 for streamers and stopping criteria.
+            page: what `read_page` returned for the beginning of the prompts, or a list with one (or None) per row;
+                other inputs stay as they are. Results change by rounding, also those of `zoom="never"`.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
-                reports that is not empty.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, a list of
+                reports that is not empty, or a prompt that does not begin with its page.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
-        call_options = {
-            "zoom": zoom,
-            "effort": effort,
-            "gate_threshold": gate_threshold,
-            "region_threshold": region_threshold,
-            "region_threshold_mode": region_threshold_mode,
-            "crop_min_tokens": crop_min_tokens,
-            "crop_max_tokens": crop_max_tokens,
-            "position_alignment": position_alignment,
-            "crop_budget": crop_budget,
-            "crop_target_tokens": crop_target_tokens,
-            "region_blur": region_blur,
-            "region_min_peak": region_min_peak,
-            "region_min_contrast": region_min_contrast,
-        }
+        arguments = locals()  # every option is an argument of its name
+        call_options = {name: arguments[name] for name in (*OPTION_NAMES, "effort")}
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -355,7 +378,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             if has_reports:
                 require_dict_output(kwargs)
             name_cache(kwargs)
-            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
+            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs, page)
             if request is not None:
                 request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request

@@ -1,6 +1,7 @@
 """Training passes of `forward`: the branches on the coarse view, and the decoder on the fused sequence."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,22 @@ from .errors_qzoom import CropError, InputError, UnsupportedError
 from .prompt_qzoom import ImageSpan, VisualFeatures, prompt_images
 from .rows_qzoom import Positions, pad_left
 from .source_images_qzoom import SourceInput
+from .zoom_branch_plans_qzoom import region_plans
 from .zoom_coarse_qzoom import CoarseView, coarse_view, run_to_branch
 from .zoom_crops_qzoom import crop_recipe, cut_crop, encode_crops
-from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, region_maps
-from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plain_row, plan_rows
+from .zoom_decisions_qzoom import branch_inputs, decide, gate_logits, image_heatmap, region_maps
+from .zoom_foveation_qzoom import kept_cells
+from .zoom_fusion_qzoom import (
+    FusedRow,
+    PlacedCrop,
+    fused_deepstack,
+    fused_embeds,
+    plain_row,
+    plan_rows,
+    upper_plan,
+)
 from .zoom_model_qzoom import ZoomModel
-from .zoom_options_qzoom import resolve_options
+from .zoom_options_qzoom import ZoomOptions, resolve_options
 from .zoom_regions_qzoom import Box, pixels_to_cells
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
 
@@ -138,7 +149,7 @@ def branch_pass(
             raise InputError(
                 f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
             )
-        logits = gate_logits(model, view, list(range(len(input_ids))), queries[:, :1])
+        logits = gate_logits(model, _branch_options(model), view, list(range(len(input_ids))), queries[:, :1])
         result["gate_logits"] = logits
         answered = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
         result["gate_loss"] = masked_bce(logits, answered)
@@ -153,7 +164,7 @@ def branch_pass(
         maps_by_row: list[list[Tensor]] = [[] for _ in spans]
         targets_by_row: list[list[Tensor]] = [[] for _ in spans]
         if rows:
-            for row, maps in zip(rows, region_maps(model, view, rows, spans, queries[rows])):
+            for row, maps in zip(rows, region_maps(model, _branch_options(model), view, rows, spans, queries[rows])):
                 maps_by_row[row] = maps.logits
                 targets_by_row[row] = _region_targets_by_image(region_targets[row], row, spans[row])
                 hidden = absent[row].nonzero()[:, 0].tolist()
@@ -164,7 +175,8 @@ def branch_pass(
             # the branch runs all the same: other processes, whose rows have targets, wait for this one
             hidden_states, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, [0])
             query = queries[:1, :1].to(hidden_states.device)
-            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query)
+            plans = region_plans(model.config, _branch_options(model), view.input_ids[:1], view.valid[:1], query)
+            scores, _ = model.zoom.region(hidden_states, mask, position_embeddings, query, query, plans)
             result["region_loss"] = scores.sum() * 0.0
         result["region_logits"] = maps_by_row
     losses = [name for name in ("region_loss", "gate_loss") if name in result]
@@ -173,6 +185,12 @@ def branch_pass(
         result[name] = with_unused(result[name], unused)
     result["loss"] = sum(result[name] for name in losses)
     return result
+
+
+def _branch_options(model: ZoomModel) -> ZoomOptions:
+    """Branches train as the config has them; all of their last layer runs, since any column may be read."""
+    kinds = {name: getattr(model.config, name) for name in ("gate_branch", "region_branch")}
+    return ZoomOptions(**kinds, skip_unread=False)
 
 
 def _unused_by_branches(model: ZoomModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
@@ -238,14 +256,35 @@ def _given_crops(
     return crops
 
 
+def _asking_columns(view: CoarseView, labels: Tensor) -> Tensor:
+    """(B, 1) column of each row's last prompt token, in front of its answer."""
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
+    return torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
+
+
 @torch.no_grad()
 def _proposed_crops(model: ZoomModel, request: ZoomRequest, view: CoarseView, labels: Tensor) -> list[PlacedCrop]:
     """Crops that the region branch proposes, asked at each row's last prompt token."""
-    reached = run_to_branch(model, view)
-    columns = torch.arange(labels.shape[1], device=labels.device)
-    first_answer = torch.where(labels != IGNORED, columns, labels.shape[1]).amin(1, keepdim=True)
-    queries = torch.minimum(first_answer - 1, _last_valid(view.valid).to(labels.device)).clamp(min=0)
-    return decide(model, request, reached, queries)[1]
+    return decide(model, request, run_to_branch(model, view), _asking_columns(view, labels))[1]
+
+
+@torch.no_grad()
+def _with_kept_tokens(
+    model: ZoomModel, request: ZoomRequest, view: CoarseView, labels: Tensor, crops: list[PlacedCrop]
+) -> list[PlacedCrop]:
+    """Given crops with the coarse tokens that stay above layer K, which the region branch ranks."""
+    options, rows = request.options, [placed.row for placed in crops]
+    if options.keep_share >= 1 or not rows:
+        return crops
+    queries = _asking_columns(view, labels)[rows]
+    maps_by_row = region_maps(model, options, run_to_branch(model, view), rows, request.spans, queries)
+    kept = []
+    for placed, maps in zip(crops, maps_by_row):
+        heatmap = image_heatmap(model, options, maps, request.spans[placed.row].index(placed.span))
+        cells = kept_cells(heatmap, placed.cells, options.keep_share, options.keep_margin)
+        kept.append(replace(placed, kept=cells))
+    return kept
 
 
 def _fused_rows(
@@ -300,7 +339,7 @@ def fused_language_pass(
         crops = _proposed_crops(model, request, view, labels)
     else:
         crops = _given_crops(model, request, zoom_boxes, view.embeds.device)
-
+        crops = _with_kept_tokens(model, request, view, labels, crops)
     rows, features = _fused_rows(model, request, view, crops)
     length = max(row.length for row in rows)
     embeds = pad_left(
@@ -308,6 +347,8 @@ def fused_language_pass(
     )  # (B, F, D)
     mask = pad_left([row.mask for row in rows], length).to(embeds.device)
     positions = Positions.stack([row.positions for row in rows], length)
+    layer_k, layers = model.config.branch_layer, len(decoder.layers)
+    plans = [None] * layer_k + [upper_plan(rows, length, embeds.device)] * (layers - layer_k)
     hidden = run_layers(
         decoder,
         embeds,
@@ -316,6 +357,7 @@ def fused_language_pass(
         mask=causal_mask(decoder, embeds, mask, None),
         position_embeddings=rotary(decoder, embeds, positions.for_decoder()),
         deepstack=fused_deepstack(view, rows, features, length, full=True),
+        plans=plans,
     )
     logits = model.get_output_embeddings()(decoder.norm(hidden))
     vocabulary = model.config.get_text_config().vocab_size

@@ -8,28 +8,35 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_layers_qzoom import Mask, Rotary, causal_mask
+from .backbone_layers_qzoom import Mask, causal_mask, mask_behind
+from .backbone_projections_qzoom import Rotary
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CropError
 from .prompt_qzoom import ImageSpan
 from .report_qzoom import ZoomReport
 from .rows_qzoom import pick
+from .zoom_branch_plans_qzoom import gate_plans, region_plans
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import crop_recipe, cut_crop
+from .zoom_foveation_qzoom import kept_cells
 from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_model_qzoom import ZoomModel
-from .zoom_regions_qzoom import ArtifactRule, box_to_pixels, find_region, grid_sigma, region_heatmap
+from .zoom_options_qzoom import ZoomOptions
+from .zoom_page_reading_qzoom import branch_past, with_gate, with_region
+from .zoom_regions_qzoom import box_to_pixels, find_region, grid_sigma, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
 
 def branch_inputs(decoder: PreTrainedModel, view: CoarseView, rows: list[int]) -> tuple[Tensor, Mask, Rotary]:
-    """Hidden states, mask and rotary embeddings of some rows, for a branch."""
+    """What a branch needs of some rows: hidden states and mask of the columns that run, rotary embeddings of all."""
     if rows == list(range(len(view.hidden))):
-        return view.hidden, view.mask, view.position_embeddings
-    hidden = pick(view.hidden, rows)
-    mask = causal_mask(decoder, hidden, pick(view.valid, rows), None)
+        return view.hidden[:, view.start :], view.mask, view.position_embeddings
+    hidden, valid = pick(view.hidden, rows), pick(view.valid, rows)
     cos, sin = (pick(part, rows) for part in view.position_embeddings)
-    return hidden, mask, (cos, sin)
+    if view.known is None:
+        return hidden, causal_mask(decoder, hidden, valid, None), (cos, sin)
+    hidden = hidden[:, view.start :]
+    return hidden, mask_behind(decoder.config, hidden, valid, view.start), (cos, sin)
 
 
 def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
@@ -42,17 +49,26 @@ def first_columns(view: CoarseView, rows: list[int]) -> Tensor:
     return view.valid[rows].argmax(dim=1, keepdim=True).to(view.hidden.device)
 
 
-def gate_logits(model: ZoomModel, view: CoarseView, rows: list[int], query_columns: Tensor | None = None) -> Tensor:
+def gate_logits(
+    model: ZoomModel, options: ZoomOptions, view: CoarseView, rows: list[int], query_columns: Tensor | None = None
+) -> Tensor:
     """(rows,) logits of the gate, which the model must have.
 
     Args:
-        query_columns: (rows, 1); the last prompt token by default.
+        options: which tokens its layers update.
+        query_columns: (rows, 1); the last prompt token by default, and always where columns are known.
     """
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
-    queries = last_columns(view, rows) if query_columns is None else query_columns
+    queries = last_columns(view, rows) - view.start if query_columns is None else query_columns
     gate = model.zoom.gate
     assert gate is not None
-    return gate(hidden, mask, position_embeddings, queries)
+    ids, valid = (pick(part, rows)[:, view.start :] for part in (view.input_ids, view.valid))
+    plans = gate_plans(model.config, options, ids, valid, query_columns)
+    past = None
+    if view.known is not None:
+        known = with_gate(model, options.gate_branch, view.known.pick(rows))
+        past = branch_past(gate, known, lambda page: page.gate, hidden.device)
+    return gate(hidden, mask, position_embeddings, queries, plans, past)
 
 
 @dataclass
@@ -65,6 +81,7 @@ class RegionMaps:
 
 def region_maps(
     model: ZoomModel,
+    options: ZoomOptions,
     view: CoarseView,
     rows: list[int],
     spans: list[list[ImageSpan]],
@@ -73,6 +90,7 @@ def region_maps(
     """Region logits of every image of some rows.
 
     Args:
+        options: which tokens the branch's layers update.
         rows: rows with at least one image.
         spans: the batch's images by row.
         query_columns: (rows, Q) columns of the asking tokens; the last prompt token by default.
@@ -83,8 +101,14 @@ def region_maps(
     queries = last_columns(view, rows) if query_columns is None else query_columns.to(view.hidden.device)
     queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
+    asking = None if query_columns is None else query_columns.to(view.hidden.device)
+    ids, valid = (pick(part, rows)[:, view.start :] for part in (view.input_ids, view.valid))
+    plans, past = region_plans(model.config, options, ids, valid, asking), None
+    if view.known is not None:
+        known = with_region(model, options.region_branch, view.known.pick(rows))
+        past = branch_past(model.zoom.region, known, lambda page: page.region, hidden.device)
     logits, first_head = model.zoom.region(
-        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device)
+        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans, past
     )  # each (rows, 1 + Q, V)
     maps = []
     for index, row in enumerate(rows):
@@ -131,12 +155,13 @@ def decide(
     options = request.options
     # without a gate, auto means always
     asks_gate = options.zoom == "auto" and model.zoom.gate is not None
-    reports = plain_reports(model.config, view.input_ids, "gate_open" if asks_gate else "forced")
+    reason = "off" if options.zoom == "never" else "gate_open" if asks_gate else "forced"
+    reports = plain_reports(model.config, view.input_ids, reason)
     rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
     if rows and asks_gate:
         queries = None if query_columns is None else query_columns[rows]
         with run_rows(request.adapters, rows):
-            logits = gate_logits(model, view, rows, queries)
+            logits = gate_logits(model, options, view, rows, queries)
         for row, probability in zip(rows, logits.sigmoid().tolist()):
             if math.isnan(probability):  # compares as neither above nor below a threshold
                 reports[row].reason = "gate_nan"
@@ -150,7 +175,7 @@ def decide(
     crops = []
     queries = None if query_columns is None else query_columns[rows]
     with run_rows(request.adapters, rows):
-        maps_by_row = region_maps(model, view, rows, request.spans, queries)
+        maps_by_row = region_maps(model, options, view, rows, request.spans, queries)
     for row, maps in zip(rows, maps_by_row):
         crop = _crop_row(model, request, row, maps, reports[row], view.embeds.device)
         if crop is not None:
@@ -158,10 +183,11 @@ def decide(
     return reports, crops
 
 
-def _heatmap(maps: RegionMaps, image: int, artifact_rule: ArtifactRule, blur: str) -> Tensor:
-    """(h, w) heat map of one image of a row."""
+def image_heatmap(model: ZoomModel, options: ZoomOptions, maps: RegionMaps, image: int) -> Tensor:
+    """(h, w) heat map of one of a row's images, asked by its first query."""
+    artifact_rule = model.config.backbone.artifact_rule
     logits, first = maps.logits[image][0], maps.first_token_logits[image]
-    if blur == "fixed":
+    if options.region_blur == "fixed":
         return region_heatmap(logits, first, artifact_rule)
     return region_heatmap(logits, first, artifact_rule, grid_sigma(logits.numel()))
 
@@ -171,7 +197,7 @@ def _crop_row(
 ) -> PlacedCrop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
     spec, options = model.config.backbone, request.options
-    heatmaps = [_heatmap(maps, image, spec.artifact_rule, options.region_blur) for image in range(len(maps.logits))]
+    heatmaps = [image_heatmap(model, options, maps, image) for image in range(len(maps.logits))]
     if any(bool(heatmap.isnan().any()) for heatmap in heatmaps):
         report.reason = "map_nan"
         return None
@@ -201,4 +227,5 @@ def _crop_row(
         return None
     report.zoomed = True
     report.crop_tokens = crop.tokens
-    return PlacedCrop(row, span, cells, crop)
+    kept = kept_cells(heatmaps[image], cells, options.keep_share, options.keep_margin)
+    return PlacedCrop(row, span, cells, crop, kept)

@@ -5,11 +5,12 @@ Families without markers insert the crop tokens alone. Everything here is per ro
 attention mask hides inside a prompt stay where they are, and stay hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .backbone_plans_qzoom import LayerPlan, subset_plan
 from .prompt_qzoom import DeepStack, ImageSpan, VisualFeatures, marker_ids
 from .rows_qzoom import pad_left
 from .zoom_coarse_qzoom import CoarseView
@@ -28,12 +29,14 @@ class PlacedCrop:
         span: the image that it was cut out of.
         cells: (x0, y0, x1, y1) of the region in cells of the image's token grid, end exclusive; may be fractional.
         crop: the crop.
+        kept: (h, w) bool on the CPU, which of the image's coarse tokens stay above layer K; None for all.
     """
 
     row: int
     span: ImageSpan
     cells: Rectangle
     crop: Crop
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -48,6 +51,7 @@ class FusedRow:
         crop: number of crop tokens among them.
         positions: (A, P + block + S) float32.
         mask: (P + block + S,) long, 0 where the prompt's mask hides a token.
+        upper: (U,) indices of the tokens that take part above layer K; None for all.
     """
 
     row: int
@@ -57,6 +61,7 @@ class FusedRow:
     crop: int
     positions: Tensor
     mask: Tensor
+    upper: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -176,7 +181,7 @@ def plan_rows(model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: l
     default = "continuous" if model.config.backbone.mrope else "sequential"
     alignment = request.options.position_alignment or default
     markers = marker_ids(model.config)
-    return [
+    rows = [
         fuse_row(
             placed.row,
             view.input_ids[placed.row],
@@ -190,6 +195,28 @@ def plan_rows(model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: l
         )
         for placed in crops
     ]
+    return [replace(row, upper=_upper_tokens(row, placed)) for row, placed in zip(rows, crops)]
+
+
+def _upper_tokens(row: FusedRow, placed: PlacedCrop) -> Tensor | None:
+    """(U,) indices of a fused row's tokens without the coarse ones that are not kept; None for all."""
+    if placed.kept is None:
+        return None
+    dropped = torch.arange(placed.span.start, placed.span.end)[~placed.kept.flatten()]
+    present = torch.ones(row.length, dtype=torch.bool)
+    present[: len(row.prefix)] = ~torch.isin(row.prefix.cpu(), dropped)
+    return present.nonzero()[:, 0].to(row.prefix.device)
+
+
+def upper_plan(rows: list[FusedRow], length: int, device: torch.device) -> LayerPlan | None:
+    """The plan of layers above K over rows that are left-padded to `length`; None where all tokens take part."""
+    if all(row.upper is None for row in rows):
+        return None
+    parts = [torch.arange(row.length) if row.upper is None else row.upper.cpu() for row in rows]
+    count = max(len(part) for part in parts)
+    columns = pad_left([part + length - row.length for part, row in zip(parts, rows)], count)
+    mask = pad_left([row.mask.cpu()[part] for part, row in zip(parts, rows)], count)
+    return subset_plan(columns.to(device), mask.to(device))
 
 
 def _inserted_embeds(model: ZoomModel, row: FusedRow, crop_embeds: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from .messages_qzoom import close_miss, shown
 ZOOM_MODES = ("auto", "always", "never")
 THRESHOLD_MODES = ("absolute", "peak")
 ALIGNMENTS = ("continuous", "sequential")
+BRANCHES = ("full", "light")
+# what a model starts with whose branches are trained here: the demo loses nothing by it (hub_release/demo/REPORT.md)
+NEW_CHECKPOINT = {"gate_branch": "light", "region_branch": "light", "keep_share": 0.1}
 CROP_BOUNDS = ("crop_min_tokens", "crop_max_tokens")
 CROP_BUDGETS = ("fixed", "need", "visionrl2")
 BLURS = ("fixed", "grid")
@@ -37,6 +40,16 @@ class ZoomOptions:
     region_blur: str = "fixed"
     region_min_peak: float = 0.0
     region_min_contrast: float = 0.0
+    gate_branch: str = "full"
+    region_branch: str = "full"
+    keep_share: float = 1.0
+    keep_margin: int = 1
+    skip_unread: bool | None = None
+
+    @property
+    def skips_unread(self) -> bool:
+        """Whether tokens that nobody reads are left out of the last layer of a prefill that may zoom."""
+        return self.skip_unread is not False
 
 
 OPTION_NAMES = tuple(field.name for field in fields(ZoomOptions))
@@ -175,6 +188,19 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
     for name in (*CROP_BOUNDS, "crop_target_tokens"):
         check_tokens(name, getattr(options, name))
     check_order(CROP_BOUNDS, options.crop_min_tokens, options.crop_max_tokens)
+    _check_choice("gate_branch", options.gate_branch, BRANCHES)
+    _check_choice("region_branch", options.region_branch, BRANCHES)
+    _check_number("keep_share", options.keep_share, 0.0, "the share of coarse tokens that a zoomed row keeps above K")
+    if options.keep_share > 1:
+        raise InputError(f"keep_share must be a share between 0 and 1, got {shown(options.keep_share)}.")
+    if (
+        not isinstance(options.keep_margin, Integral)
+        or isinstance(options.keep_margin, bool)
+        or options.keep_margin < 0
+    ):
+        raise InputError(f"keep_margin must be a whole number of cells, 0 or more, got {shown(options.keep_margin)}.")
+    if options.skip_unread is not None and not isinstance(options.skip_unread, bool):
+        raise InputError(f"skip_unread must be True, False or None, got {shown(options.skip_unread)}.")
     if options.position_alignment is not None:
         _check_choice("position_alignment", options.position_alignment, ALIGNMENTS)
         if options.position_alignment == "continuous" and not mrope:

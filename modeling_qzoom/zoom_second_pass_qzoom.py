@@ -9,13 +9,16 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import take_columns
-from .backbone_layers_qzoom import causal_mask, rotary, run_layers
+from .backbone_layers_qzoom import causal_mask, mask_behind, rotary, run_layers
+from .backbone_plans_qzoom import LayerPlan, last_of, last_token_plan
 from .prompt_qzoom import VisualFeatures
 from .rows_qzoom import Positions, length_mask, pad_left
 from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import encode_crops
-from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plan_rows
+from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plan_rows, upper_plan
 from .zoom_model_qzoom import ZoomModel
+from .zoom_page_reading_qzoom import with_upper
+from .zoom_pages_qzoom import Known
 from .zoom_request_qzoom import ZoomRequest
 
 
@@ -110,15 +113,15 @@ def _close_holes(
 
 def fused_prefill(
     model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
-) -> tuple[Tensor, DynamicCache, Positions, Tensor]:
+) -> tuple[Tensor, DynamicCache, Positions, Tensor, Tensor]:
     """Steps 6 and 7 on the b rows that zoom.
 
     Args:
         view: the coarse pass; its cache holds keys and values of layers [0, K) and is not changed.
 
     Returns:
-        (b, D) last hidden states before the final norm, the rows' cache, their positions and their (b, F) mask. Rows
-        are left-padded to F, the longest fused sequence.
+        (b, D) last hidden states before the final norm, the rows' cache, their positions, their (b, F) mask and the
+        (b, U) mask of the tokens that take part above layer K. Rows are left-padded to F, the longest fused sequence.
     """
     decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
     features = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
@@ -128,15 +131,35 @@ def fused_prefill(
     mask = pad_left([row.mask for row in rows], length).to(hidden.device)
     positions = Positions.stack([row.positions for row in rows], length)
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
+    plan, last = upper_plan(rows, length, hidden.device), len(decoder.layers)
+    start = 0
+    if plan is None and view.known is not None:  # a plan leaves tokens out, which the page's own states have seen
+        known = _known_in_front(with_upper(model, view.known), rows, length)
+        known.fill(cache, decoder.layers[layer_k:], lambda page: page.upper or (), hidden.device)
+        start = known.end
+    hidden, running = hidden[:, start:], mask[:, start:]
+    deepstack = fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None
+    plans: list[LayerPlan | None] = [plan] * (last - layer_k)
+    if request.options.skips_unread:
+        plans[-1] = last_token_plan(running) if plan is None else last_of(plan)
     with run_rows(request.adapters, [row.row for row in rows], _inserted_at(rows)):
         hidden = run_layers(
             decoder,
             hidden,
             layer_k,
-            len(decoder.layers),
-            mask=causal_mask(decoder, hidden, mask, None),
-            position_embeddings=rotary(decoder, hidden, positions.for_decoder()),
+            last,
+            mask=mask_behind(decoder.config, hidden, mask, start),
+            position_embeddings=rotary(decoder, hidden, positions.last(length - start).for_decoder()),
             cache=cache,
-            deepstack=fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None,
+            deepstack=deepstack.select(range(len(rows)), length - start) if deepstack is not None else None,
+            plans=plans,
+            cached=mask[:, :start],
         )
-    return hidden[:, -1], cache, positions, mask
+    return hidden[:, -1], cache, positions, mask, mask if plan is None else plan.mask
+
+
+def _known_in_front(known: Known, rows: list[FusedRow], length: int) -> Known:
+    """What fused rows know of their prefixes, left-padded to `length`: no more than stands in front of the crop."""
+    known = known.pick([row.row for row in rows])
+    counts = [min(count, len(row.prefix)) for count, row in zip(known.counts, rows)]
+    return Known.of(known.pages, [length - row.length for row in rows], counts)

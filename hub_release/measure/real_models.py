@@ -10,6 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from hub_release.measure.shapes import build, protected, skeleton
 from hub_release.measure.sizes import ModelClass
+from modeling_qzoom.cost_prediction_qzoom import square_grid
+from modeling_qzoom.measuring.questions import crop_options, question_inputs
 
 
 def loaded_bytes(model: nn.Module) -> int:
@@ -54,44 +56,23 @@ def load_random(
     return model.eval()
 
 
-def question(config: PreTrainedConfig, tokens: int, text_tokens: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A random prompt on the CUDA device, one image between text, and the options of `generate`.
+def question(config: PreTrainedConfig, tokens: int, text_tokens: int = 128) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A random question about a random image on the CUDA device, and the options of `generate`.
 
     Args:
         tokens: visual tokens of the image, to the nearest square; with Q-Zoom also of the crop, which always happens.
-        text_tokens: tokens before the image, and after it.
+        text_tokens: tokens of the prompt beside the visual ones.
 
     Returns:
         Inputs and options.
     """
-    vlm = getattr(config, "vlm_config", config)
-    vision, device = vlm.vision_config, "cuda"
-    generator = torch.Generator().manual_seed(0)
-    side = max(1, round(tokens**0.5))
-    image = torch.full((side * side,), vlm.image_token_id)
-    # the special tokens are among the last ones
-    text = torch.randint(0, vlm.get_text_config().vocab_size // 2, (2, text_tokens), generator=generator)
-    start, end = (torch.tensor([token]) for token in (vlm.vision_start_token_id, vlm.vision_end_token_id))
-    ids = torch.cat([text[0], start, image, end, text[1]])[None]
-    patches = side * vision.spatial_merge_size
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(patches * patches, width, generator=generator)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == vlm.image_token_id).int(),
-        "pixel_values": pixels.to(torch.bfloat16),
-        "image_grid_thw": torch.tensor([[1, patches, patches]]),
-    }
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    vlm, grid = getattr(config, "vlm_config", config), square_grid(tokens)
+    inputs = question_inputs(vlm, grid, grid, text_tokens=text_tokens, dtype=torch.bfloat16)
+    inputs = {name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     if vlm is config:
+        del inputs["source_images"]
         return inputs, {"do_sample": False}
-    pixels_a_side = 3 * patches * vision.patch_size  # three times as fine as the coarse view
-    source = torch.randint(0, 256, (3, pixels_a_side, pixels_a_side), generator=generator, dtype=torch.uint8)
-    budget = {"crop_min_tokens": tokens // 2, "crop_max_tokens": tokens}
-    region = {"zoom": "always", "region_threshold": 0.5, "region_threshold_mode": "peak"}
-    inputs["source_images"] = [source]
-    return inputs, {**budget, **region, "do_sample": False, "return_zoom_reports": True}
+    return inputs, {"zoom": "always", **crop_options(vlm, grid), "do_sample": False, "return_zoom_reports": True}
 
 
 def measure(

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom.zoom_options_qzoom import NEW_CHECKPOINT
 
 
 ModelClass = type[PreTrainedModel] | type[AutoModelForImageTextToText]
@@ -35,11 +36,16 @@ class ModelRow:
     branch_depth: int = 3
 
     def config(self, zooms: bool) -> tuple[PreTrainedConfig, ModelClass]:
-        """Configuration and class of the model, with Q-Zoom or plain."""
+        """Configuration and class of the model, with Q-Zoom as a new checkpoint has it, or plain."""
         fields = dict(self.vlm)
         if not zooms:
             return AutoConfig.for_model(fields.pop("model_type"), **fields), AutoModelForImageTextToText
-        config = QZoomConfig(vlm_config=fields, branch_layer=self.branch_layer, branch_depth=self.branch_depth)
+        options: dict[str, Any] = {
+            "branch_layer": self.branch_layer,
+            "branch_depth": self.branch_depth,
+            **NEW_CHECKPOINT,
+        }
+        config = QZoomConfig(vlm_config=fields, **options)
         return config, QZoomForConditionalGeneration
 
 
@@ -104,8 +110,52 @@ _QWEN3_4B = {
     **_QWEN_TOKENS,
 }
 
+_LLAVA_7B = {
+    "model_type": "llava",
+    "tie_word_embeddings": False,
+    "image_token_id": 32000,
+    "image_seq_length": 576,
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+
+# of the memory table
 MODELS = {
     "3B": ModelRow("Qwen2.5-VL-3B", _qwen2_5(2048, 11008, 36, 16, 2, 151936, tied=True), branch_layer=24),
     "4B": ModelRow("Qwen3-VL-4B", _QWEN3_4B, branch_layer=24),
     "7B": ModelRow("Qwen2.5-VL-7B", _qwen2_5(3584, 18944, 28, 28, 4, 152064, tied=False), branch_layer=18),
+}
+# no published model: what a CPU can time many calls of, in Qwen2.5-VL-7B's proportions
+_MID = _qwen2_5(768, 4096, 14, 12, 2, 8192, tied=True)
+_MID |= {"vision_config": _MID["vision_config"] | {"depth": 8, "hidden_size": 320, "intermediate_size": 856}}
+_MID["vision_config"] |= {"num_heads": 4, "fullatt_block_indexes": [3, 7]}
+_MID |= {"image_token_id": 8001, "video_token_id": 8002, "vision_start_token_id": 8003, "vision_end_token_id": 8004}
+_MID["text_config"] |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
+
+# of the benchmark, by the names that its command line takes
+BACKBONES = {
+    "qwen2.5-vl-3b": MODELS["3B"],
+    "qwen2.5-vl-7b": MODELS["7B"],
+    "qwen3-vl-4b": MODELS["4B"],
+    "llava-1.5-7b": ModelRow("LLaVA-1.5-7B", _LLAVA_7B, branch_layer=15),
+    "mid-size": ModelRow("Mid-size", _MID, branch_layer=9),
 }

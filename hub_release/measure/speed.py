@@ -8,7 +8,6 @@ gets the same budget. Answers mean nothing. Every time is the median of several 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from hub_release.measure.memory import GIB
 from hub_release.measure.real_models import load_random, question
 from hub_release.measure.sizes import MODELS
+from modeling_qzoom.measuring.times import peak_bytes, seconds_of
 
 
 # gate thresholds that every probability and none reaches
@@ -42,14 +42,11 @@ def timed(
     model: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any], new_tokens: int, runs: int
 ) -> list[float]:
     """Seconds of `generate` for exactly so many new tokens, sorted; two runs beforehand do not count."""
-    seconds = []
-    for _ in range(runs + 2):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+
+    def call() -> None:
         model.generate(**inputs, **options, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds[2:])
+
+    return sorted([seconds_of(call, model.device)[0] for _ in range(runs + 2)][2:])
 
 
 def measure(
@@ -58,11 +55,15 @@ def measure(
     """Seconds to the first token and to the last, peak bytes, and what was looked at."""
     inputs, defaults = question(model.config, tokens)
     options = {**defaults, "return_dict_in_generate": True, **options}
-    torch.cuda.reset_peak_memory_stats()
     first, whole = timed(model, inputs, options, 1, runs), timed(model, inputs, options, new_tokens, runs)
-    report = model.generate(**inputs, **options, max_new_tokens=1).zoom_reports[0]
+    reports = []
+
+    def call() -> None:
+        reports.extend(model.generate(**inputs, **options, max_new_tokens=new_tokens).zoom_reports)
+
+    peak, report = peak_bytes(call, model.device), reports[0]
     view = {"reason": report.reason, "coarse_tokens": report.coarse_tokens, "crop_tokens": report.crop_tokens}
-    return {"first_token": first, "all_tokens": whole, "peak": torch.cuda.max_memory_allocated(), **view}
+    return {"first_token": first, "all_tokens": whole, "peak": peak, **view}
 
 
 def markdown(rows: list[dict[str, Any]], new_tokens: int) -> str:

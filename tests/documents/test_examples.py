@@ -111,6 +111,14 @@ def test_several_images(run):
     assert re.match(r"looked at image [01] of 2, ", looked)
 
 
+def test_one_page_many_questions(run):
+    *answers, saved, together = run("one_page_many_questions").splitlines()
+    assert len(answers) == 10 and all(re.search(rf" ({'|'.join(REASONS)})$", line) for line in answers)
+    own, whole = map(int, re.match(r"(\d+) prompt tokens instead of (\d+) ", saved).groups())
+    assert own < 0.4 * whole and "Page(" in saved
+    assert together == "the same answers from one call: True"
+
+
 def test_use_pipeline(run):
     *answers, both = run("use_pipeline").splitlines()
     assert [answer.split()[0] for answer in answers] == ["zoom=never", "zoom=auto", "zoom=always"]
@@ -145,6 +153,19 @@ def test_dial(run):
     assert tokens["zoom=always, crop_max_tokens=64"] < tokens["zoom=always"]
     reasons = [line.split()[-4] for line in lines]
     assert reasons[-1] == "off" and set(reasons) <= set(REASONS)
+
+
+def test_benchmark(run, tmp_path):
+    small = ("--source-tokens", "64", "--crop-tokens", "16", "--budgets", "64", "256", "--output", tmp_path / "b.json")
+    text = run("benchmark", "--flops", "--gate", "light", "--keep-share", "0.1", *small)
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["gate"], found["region"], found["keep_share"]) == ("light", "full", 0.1)
+    assert found["done_over_needed"] == pytest.approx(1, abs=0.02)
+    assert found["page_over_plain"] < found["skip_over_plain"] < found["zoom_over_plain"]
+    assert f"{found['skip_over_plain']:.4f}" in text and len(found["table"]) == 12
+    timed = run("benchmark", "--time", "--runs", "1", "--batch", "2", "--zoom-share", "0.5", *small)
+    (row,) = json.loads((tmp_path / "b.json").read_text())["time"]["rows"]
+    assert (row["batch"], row["zooming"]) == (2, 1) and timed.count("\n| 64 + 16 |") == 1
 
 
 def test_attach(run, tmp_path):

@@ -8,18 +8,22 @@ import pytest
 
 import modeling_qzoom
 from modeling_qzoom import (
+    Page,
     QZoomConfig,
     QZoomForConditionalGeneration,
     QZoomOutput,
     QZoomProcessor,
     ZoomReport,
     overlay,
+    zoom_cost,
 )
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
 
 CALLABLES: dict[str, Callable] = {
     "generate": QZoomForConditionalGeneration.generate,
+    "read_page": QZoomForConditionalGeneration.read_page,
+    "Page.to": Page.to,
     "forward": inspect.unwrap(QZoomForConditionalGeneration.forward),
     "from_backbone": QZoomForConditionalGeneration.from_backbone,
     "from_pretrained": QZoomForConditionalGeneration.from_pretrained,
@@ -32,28 +36,47 @@ CALLABLES: dict[str, Callable] = {
     "QZoomProcessor.from_backbone": QZoomProcessor.from_backbone,
     "ZoomReport.overlay": ZoomReport.overlay,
     "overlay": overlay,
+    "zoom_cost": zoom_cost,
+    "QZoomForConditionalGeneration.zoom_cost": QZoomForConditionalGeneration.zoom_cost,
 }
 PUBLIC = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 # parameters in order; those after "*" are keywords
 SIGNATURES = {
+    "zoom_cost": (
+        "(config, image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, "
+        "crop_tokens=None, box=None, generation_configs=(), **options)"
+    ),
+    "QZoomForConditionalGeneration.zoom_cost": (
+        "(image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, crop_tokens=None, "
+        "box=None, **options)"
+    ),
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
-        "return_zoom_reports=None, zoom_reports=None, **kwargs)"
+        "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, "
+        "return_zoom_reports=None, zoom_reports=None, page=None, **kwargs)"
     ),
+    "read_page": (
+        "(input_ids, attention_mask=None, *, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None, "
+        "source_images=None, source_boxes=None, gate_branch=None, region_branch=None, **others)"
+    ),
+    "Page.to": "(device)",
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "
@@ -76,7 +99,8 @@ SIGNATURES = {
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, effort=None, "
         "presets=None, min_tokens=None, max_tokens=None, image_mean=None, image_std=None, "
         "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, crop_budget='fixed', "
-        "crop_target_tokens=None, region_blur='fixed', region_min_peak=0.0, region_min_contrast=0.0, **kwargs)"
+        "crop_target_tokens=None, region_blur='fixed', region_min_peak=0.0, region_min_contrast=0.0, "
+        "gate_branch='full', region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, **kwargs)"
     ),
     "QZoomProcessor": (
         "(image_processor=None, tokenizer=None, chat_template=None, backbone_model_type='qwen2_5_vl', "
@@ -130,6 +154,11 @@ FIELDS = {
         "region_blur",
         "region_min_peak",
         "region_min_contrast",
+        "gate_branch",
+        "region_branch",
+        "keep_share",
+        "keep_margin",
+        "skip_unread",
     ],
 }
 # what transformers names in its own way from version to version

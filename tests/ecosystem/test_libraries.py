@@ -193,10 +193,14 @@ def test_rows_that_datasets_has_stored_are_answered_alike(family, layout, tmp_pa
 # --- accelerate ------------------------------------------------------------------------------------------------------
 
 
+PLANS = {"gate_branch": "light", "region_branch": "light", "keep_share": 0.3}
+
+
+@pytest.mark.parametrize("plans", [{}, PLANS], ids=["full", "layer plans"])
 @pytest.mark.parametrize("way", ["disk_offload", "dispatch_model", "load_checkpoint_and_dispatch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_accelerate_has_put_on_the_disk_answers_and_is_saved(family, way, tmp_path):
-    model, (inputs, _) = tiny_model(family).eval(), mixed(family)
+def test_what_accelerate_has_put_on_the_disk_answers_and_is_saved(family, way, plans, tmp_path):
+    model, (inputs, _) = tiny_model(family, **plans).eval(), mixed(family)
     expected = model.generate(**inputs, zoom="always", **CALL)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     folder, places = tmp_path / "offload", {"vlm": "disk", "zoom": "cpu"}

@@ -331,6 +331,6 @@ def test_all_gates_closed_is_the_plain_backbone_bit_for_bit(family):
     inputs, _ = mixed(family)
     settings = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
     expected = shared_model(family).vlm.generate(**plain_inputs(inputs), **settings)
-    for options in (no_zoom(), {"zoom": "never"}):
+    for options in ({**no_zoom(), "skip_unread": False}, {"zoom": "never"}):
         got = shared_model(family).generate(**inputs, **options, **settings)
         assert torch.stack(got.logits).equal(torch.stack(expected.logits))

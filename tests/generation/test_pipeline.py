@@ -51,6 +51,7 @@ def test_options_reach_generate(pipe):
         {**OPTIONS, "zoom": "never"},
         {**OPTIONS, "gate_threshold": 2, "zoom": "auto"},
         OPTIONS | tiny,
+        OPTIONS | tiny | {"gate_branch": "light", "region_branch": "light", "keep_share": 0.2},
     ):
         said.append(_answers(pipe(CHATS[:1], generate_kwargs=options, return_full_text=False))[0])
         assert said[-1] == _direct(pipe, CHATS[0], **options)

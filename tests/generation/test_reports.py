@@ -62,7 +62,7 @@ def test_zoom_always_and_no_gate_are_told_apart(family):
 @families
 def test_empty_map(family):
     """Nothing above the threshold: answered from the coarse view, exactly as the plain backbone does."""
-    options = {"zoom": "always", "region_threshold": 1.0, "max_new_tokens": 4}
+    options = {"zoom": "always", "region_threshold": 1.0, "skip_unread": False, "max_new_tokens": 4}
     output = shared_model(family).generate(**one_row(family), **options, return_zoom_reports=True, output_logits=True)
     report = output.zoom_reports[0]
     assert (report.reason, report.zoomed, report.box, report.crop_tokens) == ("empty_map", False, None, 0)

@@ -107,7 +107,7 @@ def test_videos_need_no_source_images(family):
 def test_a_row_with_image_and_video_is_not_zoomed(family):
     inputs, model = video_row(family, image=(3, 4)), shared_model(family)
     expected = model.vlm.generate(**without_sources(inputs), **SETTINGS)
-    got = model.generate(**inputs, **SETTINGS, **always(), return_zoom_reports=True)
+    got = model.generate(**inputs, **SETTINGS, **always(), skip_unread=False, return_zoom_reports=True)
     (report,) = got.zoom_reports
     assert (report.reason, report.zoomed, report.gate_probability) == ("video", False, None)
     assert report.coarse_tokens == FRAMES * 6 + 12

@@ -21,7 +21,7 @@ VARIANTS = [
 ]
 VARIANTS += [(family, 3, 2, 67) for family in FAMILIES if family not in {variant[0] for variant in VARIANTS}]
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 3), (4, 4), (3, 6), (6, 2)]
-CELL_MARGIN, GATE_MARGIN, PEAK_MARGIN = 1e-3, 1e-3, 1e-4
+CELL_MARGIN, GATE_MARGIN, PEAK_MARGIN, RANK_MARGIN = 1e-3, 1e-3, 1e-4, 1e-6
 NEW_TOKENS = 3
 # what a map must reach
 PEAK_RULES = {
@@ -72,11 +72,16 @@ class Spy:
 
 def choose_options(family: str, model, inputs: dict, spy: Spy, rng: random.Random) -> dict:
     """Options whose thresholds lie between the values that they are compared with."""
-    probe = model.generate(**inputs, zoom="auto", gate_threshold=0, return_zoom_reports=True, max_new_tokens=1)
+    plans = {name: rng.choice(["full", "light"]) for name in ("gate_branch", "region_branch")}
+    plans |= {"keep_share": rng.choice([1.0, 1.0, 0.5, 0.1, 0.0]), "skip_unread": rng.choice([None, True, False])}
+    plans["keep_margin"] = rng.choice([0, 1])
+    probe = model.generate(
+        **inputs, **plans, zoom="auto", gate_threshold=0, return_zoom_reports=True, max_new_tokens=1
+    )
     gates = [report.gate_probability for report in probe.zoom_reports if report.gate_probability is not None]
     cells = [value for heatmap in spy.take() for value in heatmap.flatten().tolist()]
     mode = rng.choice(["absolute", "absolute", "peak"])
-    options = {"zoom": rng.choice(["auto", "auto", "always"]), "region_threshold_mode": mode}
+    options = {**plans, "zoom": rng.choice(["auto", "auto", "always"]), "region_threshold_mode": mode}
     options["region_threshold"] = rng.choice([0.65, 0.85]) if mode == "peak" else 0.5
     if mode == "absolute" and len(cells) > 1:
         middle = sorted(cells)[len(cells) // 4 : 1 + 9 * len(cells) // 10]
@@ -106,6 +111,9 @@ def has_tie(maps: list[torch.Tensor], report, options: dict) -> bool:
         return True
     if report.heatmap is None:
         return False
+    ranks = report.heatmap.flatten().sort().values
+    if options["keep_share"] < 1 and bool((ranks.diff().abs() < RANK_MARGIN).any()):
+        return True
     for rule, of_map in PEAK_RULES.items():
         reached = of_map(report.heatmap)
         if abs(reached - options.get(rule, 0)) < CELL_MARGIN * reached:
@@ -177,10 +185,11 @@ def check_batches(variant: tuple, monkeypatch) -> Counter:
 def test_random_batches_equal_their_rows(variant, monkeypatch):
     seen = check_batches(variant, monkeypatch)
     # what the draws must have covered for this test to mean something
-    for reason in ("gate_open", "gate_closed", "forced", "no_image", "empty_map", "other image", *PEAK_RULES):
+    for reason in ("gate_open", "gate_closed", "forced", "no_image", "empty_map", "other image"):
         assert seen[reason] >= 5, seen
-    assert seen["mixed"] >= seen["batches"] // 3 and seen["boxes"] >= seen["batches"] // 2, seen
-    assert seen["redrawn"] <= seen["batches"] // 3, seen
+    assert all(seen[rule] >= 2 for rule in PEAK_RULES), seen
+    assert seen["mixed"] >= seen["batches"] // 3 and seen["boxes"] >= 2 * seen["batches"] // 5, seen
+    assert seen["redrawn"] <= seen["batches"] // 2, seen
 
 
 def test_the_variants_make_two_hundred_batches():
@@ -206,7 +215,7 @@ def test_a_row_whose_crop_fails_is_answered_from_the_coarse_view(family, monkeyp
     rows = [Row(["see ", None, "a?"], [(3, 4)], seed=1), Row([None, "and this one?"], [(4, 2)], seed=2)]
     inputs, alone = make_inputs(family, rows), make_inputs(family, rows[1:])
     _SomeCropsFail(monkeypatch, tuple(alone["source_images"][0].shape[1:]))
-    options = {"zoom": "always", "region_threshold": 0.7, "region_threshold_mode": "peak"}
+    options = {"zoom": "always", "region_threshold": 0.7, "region_threshold_mode": "peak", "skip_unread": False}
     batch, single = run(model, inputs, **options), run(model, alone, **options)
     assert [report.reason for report in batch.zoom_reports] == ["forced", "crop_failed"]
     assert batch.zoom_reports[1].box is not None and batch.zoom_reports[1].crop_tokens == 0

@@ -14,6 +14,7 @@ from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model, tin
 
 
 ZOOM = {"zoom": "always", "region_threshold": 0.6, "region_threshold_mode": "peak"}
+PLANS = {"gate_branch": "light", "region_branch": "light", "keep_share": 0.3}
 AUTO = {**ZOOM, "zoom": "auto", "gate_threshold": 0.5}
 LONG = [
     Row([None, "two", None, "images?"], [(2, 3), (4, 4)], seed=11),
@@ -44,6 +45,7 @@ def requests(family: str) -> list[tuple[dict, dict]]:
     """(inputs, options) of calls that have little in common."""
     long, short, text = (make_inputs(family, rows) for rows in (LONG, SHORT, TEXT))
     calls = [(long, AUTO), (short, ZOOM), (text, ZOOM), (long, {"zoom": "never"}), (short, AUTO), (long, ZOOM)]
+    calls += [(long, {**AUTO, **PLANS}), (short, {**ZOOM, **PLANS})]
     if FAMILY[family].has_budget:
         calls.append((long, {**ZOOM, "position_alignment": "sequential", "crop_max_tokens": 8}))
     return calls

@@ -64,9 +64,10 @@ def language_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
+@pytest.mark.parametrize("keep_share", [1.0, 0.2])
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-def test_given_boxes_equal_what_generate_did(family, right):
-    model, inputs = tiny_model(family, **REGION), make_inputs(family, ROWS)
+def test_given_boxes_equal_what_generate_did(family, right, keep_share):
+    model, inputs = tiny_model(family, keep_share=keep_share, **REGION), make_inputs(family, ROWS)
     generated = generate(model, inputs)
     boxes = boxes_of(generated.zoom_reports)
     assert [box is not None for box in boxes] == [True, True, False, True]
@@ -76,10 +77,11 @@ def test_given_boxes_equal_what_generate_did(family, right):
     torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("keep_share", [1.0, 0.2])
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-def test_without_boxes_the_region_branch_proposes_them(family, right):
+def test_without_boxes_the_region_branch_proposes_them(family, right, keep_share):
     rows = [Row(row.pieces, row.grids, seed=row.seed + 2) for row in ROWS]
-    model, inputs = tiny_model(family, **REGION), make_inputs(family, rows)
+    model, inputs = tiny_model(family, keep_share=keep_share, **REGION), make_inputs(family, rows)
     generated = generate(model, inputs)
     assert sum(report.zoomed for report in generated.zoom_reports) >= 2
     output = model(**with_answers(inputs, generated.sequences, right))

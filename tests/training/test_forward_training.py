@@ -64,9 +64,15 @@ def last_columns(inputs: dict) -> torch.Tensor:
     return torch.full((len(inputs["input_ids"]), 1), inputs["input_ids"].shape[1] - 1)
 
 
-def test_losses_and_logits(family):
+@pytest.fixture(params=["full", "light"])
+def branches(request) -> dict[str, str]:
+    """Both branches with every token updated, or with text alone."""
+    return {"gate_branch": request.param, "region_branch": request.param}
+
+
+def test_losses_and_logits(family, branches):
     """Losses follow from the logits; the logits are those that generate decides by."""
-    model, inputs = tiny_model(family), make_inputs(family, ROWS)
+    model, inputs = tiny_model(family, **branches), make_inputs(family, ROWS)
     targets, gate_targets = draw_targets(family, ROWS), torch.tensor([1.0, 0.0, IGNORED, 1.0])
     output = model(**plain_inputs(inputs), region_targets=targets, gate_targets=gate_targets)
     torch.testing.assert_close(output.region_loss, expected_region_loss(output.region_logits, targets))
@@ -149,8 +155,8 @@ def test_nothing_labelled_is_a_zero_loss_with_a_finite_gradient(family, frozen):
         assert gradients and all(bool((gradient == 0).all()) for gradient in gradients)
 
 
-def test_padding_side_does_not_matter(family):
-    model, inputs = tiny_model(family), plain_inputs(make_inputs(family, ROWS))
+def test_padding_side_does_not_matter(family, branches):
+    model, inputs = tiny_model(family, **branches), plain_inputs(make_inputs(family, ROWS))
     targets, gate_targets = draw_targets(family, ROWS), torch.tensor([1.0, 0.0, 1.0, 0.0])
     left = model(**inputs, region_targets=targets, gate_targets=gate_targets)
     moved = right_padded(inputs)
@@ -165,8 +171,8 @@ def test_padding_side_does_not_matter(family):
                 torch.testing.assert_close(other.region_logits[row][image], logits, atol=1e-5, rtol=0)
 
 
-def test_a_batch_is_the_mean_of_its_rows(family):
-    model, inputs = tiny_model(family), plain_inputs(make_inputs(family, ROWS))
+def test_a_batch_is_the_mean_of_its_rows(family, branches):
+    model, inputs = tiny_model(family, **branches), plain_inputs(make_inputs(family, ROWS))
     targets, gate_targets = draw_targets(family, ROWS), torch.tensor([1.0, 0.0, IGNORED, 1.0])
     batch = model(**inputs, region_targets=targets, gate_targets=gate_targets)
     region, cells, gate, asked = 0.0, 0, 0.0, 0
@@ -184,10 +190,10 @@ def test_a_batch_is_the_mean_of_its_rows(family):
     assert abs(batch.gate_loss.item() - gate / asked) < 1e-5
 
 
-def test_several_questions_in_one_sequence(family):
+def test_several_questions_in_one_sequence(family, branches):
     """Each query scores every image as if the sequence ended with it; -1 leaves a query out."""
     rows = [ROWS[1], ROWS[0]]
-    model, inputs = tiny_model(family), plain_inputs(make_inputs(family, rows))
+    model, inputs = tiny_model(family, **branches), plain_inputs(make_inputs(family, rows))
     end = inputs["input_ids"].shape[1] - 1
     positions = torch.tensor([[end, end - 3, end - 6], [end - 2, end, -1]])
     targets = draw_targets(family, rows, queries=3)
@@ -229,9 +235,9 @@ def reached(model) -> set[str]:
     return {name for name, part in model.named_parameters() if part.grad is not None and bool((part.grad != 0).any())}
 
 
-def test_gradients_reach_the_branch_that_is_trained(family):
+def test_gradients_reach_the_branch_that_is_trained(family, branches):
     """With a frozen backbone exactly the branch, all of it; otherwise also everything below the tap."""
-    model, inputs = tiny_model(family), plain_inputs(make_inputs(family, ROWS))
+    model, inputs = tiny_model(family, **branches), plain_inputs(make_inputs(family, ROWS))
     names = {name for name, _ in model.named_parameters()}
     kinds = {
         "zoom.region.": {"region_targets": draw_targets(family, ROWS)},
@@ -259,8 +265,8 @@ def test_gradients_reach_the_branch_that_is_trained(family):
                 assert any("visual" in name or "vision_tower" in name for name in below)
 
 
-def test_gradient_checkpointing_changes_nothing(family):
-    model, inputs = tiny_model(family), plain_inputs(make_inputs(family, ROWS))
+def test_gradient_checkpointing_changes_nothing(family, branches):
+    model, inputs = tiny_model(family, **branches), plain_inputs(make_inputs(family, ROWS))
     call = {"region_targets": draw_targets(family, ROWS), "gate_targets": torch.ones(4)}
     gradients = []
     for checkpointing in (False, True):

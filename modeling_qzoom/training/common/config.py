@@ -7,6 +7,23 @@ from ...asking.config import ModelConfig
 from ...asking.session import check_output_format
 from ...data.config import DataConfig
 from ...data.options import check_positive, option
+from ...zoom_options_qzoom import BRANCHES
+
+
+BRANCH_HELP = (
+    "full or light: whether the branch's layers update visual tokens or only read them as they are after layer K; as "
+    "the checkpoint says by default"
+)
+
+
+def check_branch(branch: str | None) -> None:
+    """Check how a branch is to run.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if branch is not None and branch not in BRANCHES:
+        raise ValueError(f"branch must be one of {list(BRANCHES)}, got {branch!r}.")
 
 
 @dataclass

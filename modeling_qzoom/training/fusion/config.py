@@ -26,6 +26,10 @@ class TrainFusionConfig(TrainConfig):
     )
     random_box_share: float = option(0.0, "share of samples whose box is replaced by a random one")
     random_box_side: list[float] = option([0.1, 0.6], "range of a random box's sides as shares of the image's")
+    keep_share: float | None = option(
+        None,
+        "share of the coarse tokens that stay above layer K, the hottest first; as the checkpoint says by default",
+    )
     anchor_share: float = option(0.0, "share of samples that are rows both ways got right, against forgetting")
 
     def __post_init__(self) -> None:
@@ -33,6 +37,8 @@ class TrainFusionConfig(TrainConfig):
             raise ValueError(f"method must be 'lora' or 'full', got {self.method!r}.")
         if not 0 <= self.random_box_share <= 1:
             raise ValueError(f"random_box_share must lie in [0, 1], got {self.random_box_share}.")
+        if self.keep_share is not None and not 0 <= self.keep_share <= 1:
+            raise ValueError(f"keep_share must lie in [0, 1], got {self.keep_share}.")
         if not 0 <= self.anchor_share < 1:
             raise ValueError(f"anchor_share must lie in [0, 1), got {self.anchor_share}.")
         side = self.random_box_side

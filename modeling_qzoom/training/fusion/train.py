@@ -96,6 +96,8 @@ class FusionStage(TrainStage[TrainFusionConfig, FusionRecord]):
 
     def parts(self, session: Session) -> Parts:
         """What the method trains: an adapter, or the decoder's layers and the output embedding."""
+        if self.config.keep_share is not None:
+            session.model.config.keep_share = self.config.keep_share
         if self.config.method == "lora":
             return _add_lora(session.model, self.config)
         return [session.model.get_decoder().layers, session.model.get_output_embeddings()]

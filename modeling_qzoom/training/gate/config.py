@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ...asking.budgets import check_ladder
 from ...asking.config import JudgeConfig
 from ...data.options import option
-from ..common.config import LabelConfig, TrainConfig
+from ..common.config import BRANCH_HELP, LabelConfig, TrainConfig, check_branch
 
 
 LABELINGS = ("consistent", "naive")
@@ -38,6 +38,7 @@ class TrainGateConfig(TrainConfig):
         0.9, "share of draws of a transition row at one of its two highest wrong rungs; the rest show a right one"
     )
     skip_top: int = option(2, "highest rungs that are never drawn with a label 0")
+    branch: str | None = option(None, BRANCH_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,3 +48,4 @@ class TrainGateConfig(TrainConfig):
             raise ValueError(f"draw_high must lie in [0, 1], got {self.draw_high}.")
         if self.easy_share <= 0:
             raise ValueError(f"easy_share must be positive, got {self.easy_share}.")
+        check_branch(self.branch)

@@ -34,6 +34,8 @@ class GateStage(TrainStage[TrainGateConfig, GateRecord]):
 
     def parts(self, session: Session) -> Parts:
         gate = check_gate(session.model)
+        if self.config.branch is not None:
+            session.model.config.gate_branch = self.config.branch
         if self.config.reset:
             reset_gate(session.model)
         return [gate]

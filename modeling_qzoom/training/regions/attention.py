@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 from ... import QZoomForConditionalGeneration
-from ...backbone_layers_qzoom import Rotary, run_layers
+from ...backbone_layers_qzoom import run_layers
+from ...backbone_projections_qzoom import project_heads
 from ...prompt_qzoom import prompt_images
 from ...zoom_coarse_qzoom import CoarseView, coarse_view
 from .config import Heads, check_query_tokens
@@ -51,14 +51,6 @@ def _append(inputs: dict[str, Any], responses: Sequence[Response]) -> dict[str, 
     return joined
 
 
-def _project(states: Tensor, projection: nn.Module, norm: nn.Module | None, width: int, rotary: Rotary) -> Tensor:
-    """Rotated heads (B, n, heads, width) of normed hidden states (B, n, D); `rotary` as for the decoder's layers."""
-    heads = projection(states).unflatten(-1, (-1, width))
-    heads = heads if norm is None else norm(heads)
-    cos, sin = (part.to(heads.device, heads.dtype).unsqueeze(2) for part in rotary)
-    return heads * cos + rotate_half(heads) * sin
-
-
 def _attention(
     layer: Any, hidden: Tensor, view: CoarseView, columns: Tensor, keep: Tensor, heads: list[int]
 ) -> Tensor:
@@ -77,8 +69,8 @@ def _attention(
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     width = attention.head_dim
     at_queries = cos[rows, columns], sin[rows, columns]
-    queries = _project(normed[rows, columns], attention.q_proj, query_norm, width, at_queries)  # (B, Q, H, d)
-    keys = _project(normed, attention.k_proj, key_norm, width, (cos, sin))  # (B, n, Hkv, d)
+    queries = project_heads(normed[rows, columns], attention.q_proj, query_norm, width, at_queries)  # (B, Q, H, d)
+    keys = project_heads(normed, attention.k_proj, key_norm, width, (cos, sin))  # (B, n, Hkv, d)
     group = queries.shape[2] // keys.shape[2]
     queries = queries[:, :, heads].float()
     keys = keys[:, :, [head // group for head in heads]].float()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...asking.config import ModelConfig
 from ...data.options import check_positive, option
-from ..common.config import LabelConfig, TrainConfig
+from ..common.config import BRANCH_HELP, LabelConfig, TrainConfig, check_branch
 
 
 # attention heads by decoder layer, both counted from 0
@@ -89,7 +89,9 @@ class TrainRegionsConfig(TrainConfig):
     )
     reset: bool = option(True, "start from copies of the backbone's layers; false continues (stage 2.5)")
     questions_per_image: int = option(4, "most questions about one image in one sequence")
+    branch: str | None = option(None, BRANCH_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "questions_per_image")
+        check_branch(self.branch)

@@ -36,6 +36,8 @@ class RegionStage(TrainStage[TrainRegionsConfig, RegionRecord]):
         return RegionDataset(session, groups, labelled.rows, self.config.rule)
 
     def parts(self, session: Session) -> Parts:
+        if self.config.branch is not None:
+            session.model.config.region_branch = self.config.branch
         if self.config.reset:
             reset_region(session.model)
         return [session.model.zoom.region]
