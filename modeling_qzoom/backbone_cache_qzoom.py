@@ -67,6 +67,10 @@ class LayerMasks:
                 yield first, last, self.by_layer[first]
                 first = last
 
+    def of(self, layer: int) -> Tensor:
+        """(B, n) mask of a layer."""
+        return self.masks[self.by_layer[layer]]
+
     def repeat(self, times: int) -> "LayerMasks":
         """Every row so many times in a row, as beams want them."""
         return replace(self, masks=tuple(mask.repeat_interleave(times, dim=0) for mask in self.masks))

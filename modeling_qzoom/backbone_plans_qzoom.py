@@ -95,6 +95,18 @@ def last_of(plan: LayerPlan) -> LayerPlan:
     return LayerPlan((Segment(columns[:, :-1], columns[:, -1:], mask[:, :-1], mask[:, -1:]),))
 
 
+def without_plan(visible: Tensor, absent: Tensor) -> LayerPlan:
+    """The plan of a layer that does not know some tokens; hidden ones are absent too.
+
+    Args:
+        visible: (B, N), 0 on padding and on hidden tokens.
+        absent: (B, N) bool, the tokens that the others do not see.
+    """
+    present = ((visible > 0) & ~absent).tolist()
+    rows = [[column for column, value in enumerate(row) if value] for row in present]
+    return LayerPlan((_padded([([], row) for row in rows], visible.device),))
+
+
 def frozen_plan(visible: Tensor, frozen: Tensor) -> LayerPlan:
     """The plan of a layer that updates all tokens but some, which give keys and values as they are.
 

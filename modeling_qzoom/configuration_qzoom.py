@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
 from .errors_qzoom import CheckpointError, InputError
 from .messages_qzoom import one_line, similar
+from .visor_configurations_qzoom import DENSE, check_visor, layer_kinds
 from .zoom_options_qzoom import (
     OPTION_NAMES,
     ZoomOptions,
@@ -128,6 +129,12 @@ class QZoomConfig(PreTrainedConfig):
         skip_unread (`bool`, *optional*):
             Whether the last decoder layer of a prefill, and the gate's, update only the token that is read. It changes
             no result beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
+        vision (`str`, *optional*, defaults to `"dense"`):
+            Which decoder layers visual tokens take part in: `"dense"` (all of them, the plain model) or the name of a
+            configuration of `visor`.
+        visor (`dict`, *optional*):
+            VISOR: `{"configurations": {name: letters}}` with one letter a decoder layer, see
+            `visor_configurations_qzoom`.
         effort (`str`, *optional*):
             Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
@@ -179,6 +186,8 @@ class QZoomConfig(PreTrainedConfig):
         keep_share: float = 1.0,
         keep_margin: int = 1,
         skip_unread: bool | None = None,
+        vision: str = "dense",
+        visor: dict[str, Any] | None = None,
         effort: str | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         min_tokens: int | None = None,
@@ -219,6 +228,8 @@ class QZoomConfig(PreTrainedConfig):
         self.keep_share = keep_share
         self.keep_margin = keep_margin
         self.skip_unread = skip_unread
+        self.vision = vision
+        self.visor = visor
         self.effort = effort
         self.presets: dict[str, dict[str, Any]] = {} if presets is None else presets
         self.min_tokens = min_tokens
@@ -264,6 +275,7 @@ class QZoomConfig(PreTrainedConfig):
             raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
         try:
             self._check_budget()
+            check_visor(self.visor, num_layers)
             self._check_options()
         except InputError as error:  # the same values are a call's there, and a checkpoint's here
             raise CheckpointError(str(error)) from error
@@ -276,6 +288,8 @@ class QZoomConfig(PreTrainedConfig):
         validate_options(options, mrope=mrope)
         self.presets = check_presets(self.presets, options, mrope=mrope)
         find_preset(self.effort, self.presets)
+        for holder in (vars(self), *self.presets.values()):
+            layer_kinds(self.visor, holder.get("vision") or DENSE)
 
     def _check_budget(self) -> None:
         for name in ("min_tokens", "max_tokens"):

@@ -314,6 +314,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         keep_share: float | None = None,
         keep_margin: int | None = None,
         skip_unread: bool | None = None,
+        vision: str | Sequence[str] | None = None,
         return_zoom_reports: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -338,6 +339,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
             skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            vision: `"dense"`, or a configuration of the checkpoint: which layers visual tokens take part in (VISOR).
+                A list names one for every row.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
 
         Returns:
@@ -361,6 +364,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "keep_share": keep_share,
             "keep_margin": keep_margin,
             "skip_unread": skip_unread,
+            "vision": vision,
         }
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]

@@ -45,6 +45,7 @@ class ZoomReport:
         coarse_tokens: visual tokens of the row's prompt.
         crop_tokens: visual tokens of the crop, 0 without one.
         grid_box: rectangle of source pixels that the map covers; None for the whole image.
+        vision: the configuration of VISOR that the row ran under; "dense" for the plain layers.
         has_gate: whether the checkpoint has a gate, which tells zoom="always" from a checkpoint without one; None if
             not recorded. A fact about the model, not about the row, so reports compare without it.
     """
@@ -59,6 +60,7 @@ class ZoomReport:
     coarse_tokens: int = 0
     crop_tokens: int = 0
     grid_box: Rectangle | None = None
+    vision: str = "dense"
     has_gate: bool | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
