@@ -27,9 +27,10 @@ from .report_qzoom import ZoomReport
 from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
+from .visor_training_qzoom import check_sparse_call, sparse_language_pass
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
-from .zoom_options_qzoom import resolve_options, resolve_reports
+from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -177,10 +178,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         source_images: SourceInput | None = None,
         source_boxes: Any = None,
         zoom_boxes: Sequence[Any] | None = None,
+        vision: str | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> QZoomOutput:
-        """One pass: plain, over a branch, or over the fused sequence.
+        """One pass: plain, over a branch, over the fused sequence, or under a configuration of VISOR.
 
         - Without targets or labels it is the VLM's own forward, bit for bit. Sources are ignored, so that whatever a
           processor returned can be passed; a loss that is computed outside, from logits alone, is one of the coarse
@@ -189,6 +191,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
           Sources are ignored here too.
         - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
           inserted positions are -100; the box carries no gradient.
+        - With `vision`, rows run as `generate` runs them under that configuration, on the coarse view.
 
         Weights that a pass leaves out (branches with labels, layers above K with targets) get no gradient from it.
         Under DistributedDataParallel it is zero, so a weight decay shrinks them there: freeze what is not trained.
@@ -210,6 +213,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
                 them.
             zoom_boxes: per row a box (x0, y0, x1, y1) in source pixels, a pair (image in the row, box), or None for a
                 plain row. Left out, the region branch proposes the boxes.
+            vision: `"dense"` or a configuration of the checkpoint, for the whole batch.
 
         Raises:
             InputError: targets together with labels, an argument that this pass would not obey, a misspelt name of
@@ -218,7 +222,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         check_names(kwargs)
         check_combination(labels, region_targets, gate_targets, query_positions, zoom_boxes)
         cache = given_cache(past_key_values, cache)
-        vision = {
+        visual = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
             "pixel_values_videos": pixel_values_videos,
@@ -227,23 +231,30 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             "mm_encoder_outputs": mm_encoder_outputs,
             "second_per_grid_ts": second_per_grid_ts,
         }
-        vision = {name: value for name, value in vision.items() if value is not None}
+        visual = {name: value for name, value in visual.items() if value is not None}
         has_targets = region_targets is not None or gate_targets is not None
-        if has_targets or (labels is not None and (source_images is not None or zoom_boxes is not None)):
+        has_sources = source_images is not None or zoom_boxes is not None
+        if vision is not None:
+            check_sparse_call(vision, has_targets, has_sources)
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
+            items = kwargs.get("num_items_in_batch")
+            loss, logits = sparse_language_pass(self, ids, attention_mask, visual, labels, vision, items)
+            return self._with_branches(QZoomOutput(loss=loss, logits=logits))
+        if has_targets or (labels is not None and has_sources):
             ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
             if labels is None:
                 targets = region_targets, gate_targets, query_positions
-                return QZoomOutput(**branch_pass(self, ids, attention_mask, vision, *targets))
+                return QZoomOutput(**branch_pass(self, ids, attention_mask, visual, *targets))
             sources = source_images, source_boxes, zoom_boxes
             items = kwargs.get("num_items_in_batch")
-            loss, logits = fused_language_pass(self, ids, attention_mask, vision, labels, *sources, items)
+            loss, logits = fused_language_pass(self, ids, attention_mask, visual, labels, *sources, items)
             return self._with_branches(QZoomOutput(loss=loss, logits=logits))
         layer_masks = notes_of(cache).layer_masks
         if layer_masks is not None and cache is not None:
             return self._planned_step(input_ids, position_ids, cache, layer_masks, logits_to_keep)
         offset = None
         if position_ids is None and input_ids is not None:
-            position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
+            position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, visual)
         outputs = self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -254,7 +265,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             logits_to_keep=logits_to_keep,
             return_dict=True,
             **{CACHE: cache},
-            **vision,
+            **visual,
             **kwargs,
         )
         if offset is not None and outputs.get(CACHE) is not None:
@@ -350,22 +361,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             InputError: options out of range, image tokens without `source_images`, or right-padded rows.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
-        call_options = {
-            "zoom": zoom,
-            "effort": effort,
-            "gate_threshold": gate_threshold,
-            "region_threshold": region_threshold,
-            "region_threshold_mode": region_threshold_mode,
-            "crop_min_tokens": crop_min_tokens,
-            "crop_max_tokens": crop_max_tokens,
-            "position_alignment": position_alignment,
-            "gate_branch": gate_branch,
-            "region_branch": region_branch,
-            "keep_share": keep_share,
-            "keep_margin": keep_margin,
-            "skip_unread": skip_unread,
-            "vision": vision,
-        }
+        arguments = locals()  # every option is an argument of its name
+        call_options = {name: arguments[name] for name in (*OPTION_NAMES, "effort")}
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")

@@ -9,19 +9,15 @@ from transformers.cache_utils import DynamicCache
 from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import LayerMasks
 from .backbone_layers_qzoom import causal_mask
-from .backbone_plans_qzoom import LayerPlan, frozen_plan, last_of, last_token_plan, without_plan
 from .rows_qzoom import Positions, pick
-from .visor_configurations_qzoom import DENSE, READ, TEXT, by_row, layer_kinds
-from .zoom_branch_plans_qzoom import visual_tokens
+from .visor_configurations_qzoom import DENSE, SELF, by_row, layer_kinds
+from .visor_plans_qzoom import Plans, answering_plan, frozen_tokens, layer_plans
 from .zoom_coarse_qzoom import CoarseView, lay_out, run_view
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_model_qzoom import ZoomModel
 from .zoom_parts_qzoom import Part, merge_parts
 from .zoom_prefill_qzoom import Prefill
 from .zoom_request_qzoom import ZoomRequest
-
-
-Plans = list[LayerPlan | None]
 
 
 def plain_prefill(
@@ -80,19 +76,10 @@ def _run_rows(model: ZoomModel, request: ZoomRequest, view: CoarseView, rows: li
 
 def _layer_plans(model: ZoomModel, request: ZoomRequest, view: CoarseView, name: str) -> Plans:
     """Per layer who takes part. In the last one, unless told otherwise, only the last token is updated."""
-    layers = len(model.vlm.get_decoder().layers)
-    kinds = layer_kinds(model.config.visor, name) or "S" * layers
-    visual = visual_tokens(model.config, view.input_ids)
-    visual[:, -1] = False  # the last token answers, whatever it is
-    by_kind: dict[str, LayerPlan | None] = {"S": None}
-    if READ in kinds:
-        by_kind[READ] = frozen_plan(view.valid, visual)
-    if TEXT in kinds:
-        by_kind[TEXT] = without_plan(view.valid, visual)
-    plans = [by_kind[kind] for kind in kinds]
-    text = by_kind.get(TEXT)
+    kinds = layer_kinds(model.config.visor, name) or SELF * len(model.vlm.get_decoder().layers)
+    plans = layer_plans(kinds, view.valid, frozen_tokens(model.config, view.input_ids, view.valid))
     if request.options.skips_unread:
-        plans[-1] = last_of(text) if kinds[-1] == TEXT and text is not None else last_token_plan(view.valid)
+        plans[-1] = answering_plan(kinds[-1], plans[-1], view.valid)
     return plans
 
 

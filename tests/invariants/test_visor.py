@@ -8,6 +8,7 @@ import torch
 from modeling_qzoom.backbone_layers_qzoom import causal_mask, rotary, run_layers
 from modeling_qzoom.zoom_coarse_qzoom import coarse_view
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
+from tests.training.test_forward_fused import with_answers
 
 
 LAYERS, NEW_TOKENS = 6, 4
@@ -135,6 +136,27 @@ def test_beams_equal_those_of_single_rows(family, settings):
     for row, (content, name) in enumerate(zip(ROWS, names)):
         single = model.generate(**make_inputs(family, [content]), vision=name, **options)
         assert torch.equal(batch[row * returned : (row + 1) * returned, -NEW_TOKENS:], single[:, -NEW_TOKENS:])
+
+
+@families
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+def test_a_training_pass_computes_what_generate_does(family, right):
+    model, inputs = visor_model(family), make_inputs(family, ROWS)
+    for name in ("mixed", "late", "dense"):
+        output = model.generate(**inputs, zoom="never", vision=name, **SETTINGS)
+        batch = with_answers(inputs, output.sequences, right)
+        batch.pop("source_images")
+        passed = model(**batch, vision=name)
+        columns = (batch["labels"] != -100).nonzero()[:, 1].view(len(ROWS), -1)
+        rows = torch.arange(len(ROWS))[:, None]
+        torch.testing.assert_close(passed.logits[rows, columns - 1], torch.stack(output.logits, 1), atol=1e-4, rtol=0)
+        expected = torch.nn.functional.cross_entropy(
+            torch.stack(output.logits, 1).flatten(0, 1), output.sequences[:, -NEW_TOKENS:].flatten()
+        )
+        torch.testing.assert_close(passed.loss, expected, atol=1e-4, rtol=0)
+        passed.loss.backward()
+        decoder = model.vlm.get_decoder()
+        assert all(weight.grad is not None for weight in decoder.layers.parameters())
 
 
 @families
