@@ -200,6 +200,15 @@ def _gather_cached(states: Tensor, columns: Tensor) -> Tensor:
     return states.gather(2, index)
 
 
+def pick_cache(config: PreTrainedConfig, cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """A new cache with all columns of some rows, in the layers that hold any."""
+    part = DynamicCache(config=config)
+    for layer, entry in enumerate(cache.layers):
+        if entry.is_initialized:
+            set_layer_states(part, layer, *(pick(states, rows) for states in layer_states(cache, layer)))
+    return part
+
+
 def take_columns(
     config: PreTrainedConfig, cache: DynamicCache, layers: int, rows: Sequence[int], columns: Tensor
 ) -> DynamicCache:

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
 from .errors_qzoom import CheckpointError, InputError
 from .messages_qzoom import one_line, similar
-from .visor_configurations_qzoom import DENSE, check_visor, layer_kinds
+from .visor_configurations_qzoom import DENSE, check_router, check_visor, is_routed, layer_kinds
 from .zoom_options_qzoom import (
     OPTION_NAMES,
     ZoomOptions,
@@ -131,10 +131,10 @@ class QZoomConfig(PreTrainedConfig):
             no result beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
         vision (`str`, *optional*, defaults to `"dense"`):
             Which decoder layers visual tokens take part in: `"dense"` (all of them, the plain model) or the name of a
-            configuration of `visor`.
+            configuration of `visor`; `"auto"`: its router chooses.
         visor (`dict`, *optional*):
-            VISOR: `{"configurations": {name: letters}}` with one letter a decoder layer, see
-            `visor_configurations_qzoom`.
+            VISOR: `{"configurations": {name: letters}}` with one letter a decoder layer, and where a router chooses
+            `"router": {"layer": …, "choices": [names]}`; see `visor_configurations_qzoom`.
         effort (`str`, *optional*):
             Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
@@ -276,6 +276,7 @@ class QZoomConfig(PreTrainedConfig):
         try:
             self._check_budget()
             check_visor(self.visor, num_layers)
+            check_router(self.visor, num_layers)
             self._check_options()
         except InputError as error:  # the same values are a call's there, and a checkpoint's here
             raise CheckpointError(str(error)) from error
@@ -288,8 +289,9 @@ class QZoomConfig(PreTrainedConfig):
         validate_options(options, mrope=mrope)
         self.presets = check_presets(self.presets, options, mrope=mrope)
         find_preset(self.effort, self.presets)
-        for holder in (vars(self), *self.presets.values()):
-            layer_kinds(self.visor, holder.get("vision") or DENSE)
+        for name in (holder.get("vision") or DENSE for holder in (vars(self), *self.presets.values())):
+            if not is_routed(self.visor, name):
+                layer_kinds(self.visor, name)
 
     def _check_budget(self) -> None:
         for name in ("min_tokens", "max_tokens"):

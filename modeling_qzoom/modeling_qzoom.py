@@ -27,6 +27,7 @@ from .report_qzoom import ZoomReport
 from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
+from .visor_router_qzoom import visor_of
 from .visor_training_qzoom import check_sparse_call, sparse_language_pass
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
@@ -99,6 +100,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         decoder = self.vlm.get_decoder()
         check_decoder(decoder)
         self.zoom = ZoomBranches(config, decoder, config.backbone)
+        self.visor = visor_of(config, decoder)
         self.post_init()
 
     # `base_model_prefix` drives loading; generate and trainers want the headless model

@@ -18,15 +18,16 @@ from .messages_qzoom import shown
 
 
 SELF, READ, TEXT = "S", "R", "T"
-DENSE = "dense"
-_RESERVED = (DENSE, "auto")
+DENSE, AUTO = "dense", "auto"
+_RESERVED = (DENSE, AUTO)
 
 
 def check_visor(visor: Any, layers: int) -> None:
     """Checks the VISOR part of a configuration.
 
     Args:
-        visor: `{"configurations": {name: letters}}`, or None.
+        visor: `{"configurations": {name: letters}}`, with `"router": {"layer": …, "choices": [names]}` where there is
+            one; or None.
         layers: number of decoder layers.
 
     Raises:
@@ -34,12 +35,12 @@ def check_visor(visor: Any, layers: int) -> None:
     """
     if visor is None:
         return
-    if (
-        not isinstance(visor, dict)
-        or set(visor) != {"configurations"}
-        or not isinstance(visor["configurations"], dict)
-    ):
-        raise CheckpointError(f"visor must be {{'configurations': {{name: letters}}}} or None, got {shown(visor)}.")
+    known = {"configurations", "router"}
+    if not isinstance(visor, dict) or set(visor) - known or not isinstance(visor.get("configurations"), dict):
+        raise CheckpointError(
+            "visor must be {'configurations': {name: letters}}, with a 'router' where there is one, or None, got "
+            f"{shown(visor)}."
+        )
     for name, kinds in visor["configurations"].items():
         if not isinstance(name, str) or not name or name in _RESERVED:
             raise CheckpointError(
@@ -56,18 +57,58 @@ def check_visor(visor: Any, layers: int) -> None:
             )
 
 
+def check_router(visor: dict[str, Any] | None, layers: int) -> None:
+    """Checks the router of a configuration that `check_visor` has passed.
+
+    Raises:
+        CheckpointError: names what does not hold.
+    """
+    router = None if visor is None else visor.get("router")
+    if visor is None or router is None:
+        return
+    if not isinstance(router, dict) or set(router) != {"layer", "choices"}:
+        raise CheckpointError(f"visor: router must be {{'layer': …, 'choices': [names]}}, got {shown(router)}.")
+    choices, layer = router["choices"], router["layer"]
+    known = [DENSE, *visor["configurations"]]
+    if not isinstance(choices, list) or len(choices) < 2 or len(set(choices)) < len(choices):
+        raise CheckpointError(f"visor: a router needs two or more different choices, got {shown(choices)}.")
+    foreign = [name for name in choices if name not in known]
+    if foreign:
+        raise CheckpointError(
+            f"visor: the router's choice {shown(foreign[0])} is no configuration; there are {known}."
+        )
+    shared = shared_layers([visor["configurations"].get(name) or SELF * layers for name in choices])
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 1 <= layer <= shared:
+        raise CheckpointError(
+            f"visor: the router stands in front of layer {shown(layer)}, but its choices share the first {shared} "
+            "layers, and it needs one at least to have seen the image. Choose a layer from 1 on among them."
+        )
+
+
+def shared_layers(kinds: Sequence[str]) -> int:
+    """Number of first layers that are of the same kind in all of them."""
+    return next((index for index, letters in enumerate(zip(*kinds)) if len(set(letters)) > 1), len(kinds[0]))
+
+
 def layer_kinds(visor: dict[str, Any] | None, name: str) -> str | None:
     """The letters of a configuration; None for the plain model.
 
     Raises:
-        InputError: the checkpoint has no such configuration.
+        InputError: the checkpoint has no such configuration; or no router, for "auto".
     """
     if name == DENSE:
         return None
     known = {} if visor is None else visor["configurations"]
+    if name == AUTO:
+        raise InputError("vision='auto' needs a checkpoint with a router, which this one does not have.")
     if name not in known:
         raise InputError(f"vision={shown(name)} is not a configuration of this checkpoint; it has {[DENSE, *known]}.")
     return known[name]
+
+
+def is_routed(visor: dict[str, Any] | None, name: str) -> bool:
+    """Whether a router chooses the configuration."""
+    return name == AUTO and visor is not None and visor.get("router") is not None
 
 
 def by_row(vision: str | Sequence[str], rows: int) -> list[str]:

@@ -19,7 +19,7 @@ from .generation_refusals_qzoom import (
 )
 from .prompt_checks_qzoom import check_ids, check_mask, check_prompt
 from .source_images_qzoom import SourceInput
-from .visor_configurations_qzoom import by_row, layer_kinds
+from .visor_configurations_qzoom import by_row, is_routed, layer_kinds
 from .zoom_crops_qzoom import crop_recipe
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
@@ -111,7 +111,8 @@ def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any) -> bool
         UnsupportedError: together with zooming, or with embeddings, which hide where visual tokens are.
     """
     names = by_row(options.vision, 1 if input_ids is None else len(input_ids))
-    sparse = any(layer_kinds(model.config.visor, name) is not None for name in names)
+    visor = model.config.visor
+    sparse = any(is_routed(visor, name) or layer_kinds(visor, name) is not None for name in names)
     if sparse and options.zoom != "never":
         raise UnsupportedError(
             f"vision={options.vision!r} does not go with zoom={options.zoom!r} yet; pass zoom='never', or "

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.backbone_layers_qzoom import causal_mask, rotary, run_layers
 from modeling_qzoom.zoom_coarse_qzoom import coarse_view
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
@@ -159,6 +160,44 @@ def test_a_training_pass_computes_what_generate_does(family, right):
         assert all(weight.grad is not None for weight in decoder.layers.parameters())
 
 
+CHOICES = ["dense", "upper", "mixed"]
+ROUTED = [Row(["ask ", None, f" number {seed}?"], [(3, 4)], seed) for seed in range(5)] + [ROWS[1], ROWS[2]]
+
+
+def routed_model(family: str):
+    """A model whose router's choices differ from row to row."""
+    router = {"layer": 1, "choices": CHOICES}
+    model = tiny_model(family, visor={"configurations": CONFIGURATIONS, "router": router})
+    seen = []
+    hook = model.visor.router.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    model.generate(**make_inputs(family, ROUTED), zoom="never", vision="auto", max_new_tokens=1)
+    hook.remove()
+    with torch.no_grad():
+        model.visor.router.outer.bias.sub_(seen[0].mean(0))
+    return model
+
+
+@families
+def test_the_router_chooses_by_row(family, tmp_path):
+    model = routed_model(family)
+    rows = ROUTED
+    options = {"zoom": "never", "return_zoom_reports": True, **SETTINGS}
+    batch = model.generate(**make_inputs(family, rows), vision="auto", **options)
+    chosen = [report.vision for report in batch.zoom_reports]
+    assert len(set(chosen)) > 1 and set(chosen) <= set(CHOICES)
+    for row, (content, name) in enumerate(zip(rows, chosen)):
+        inputs = make_inputs(family, [content])
+        alone, named = (model.generate(**inputs, vision=vision, **options) for vision in ("auto", name))
+        assert alone.zoom_reports[0].vision == name
+        for ours, routed, theirs in zip(batch.logits, alone.logits, named.logits, strict=True):
+            torch.testing.assert_close(ours[row], theirs[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(routed, theirs, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = QZoomForConditionalGeneration.from_pretrained(tmp_path)
+    again = loaded.generate(**make_inputs(family, rows), vision="auto", **options)
+    assert [report.vision for report in again.zoom_reports] == chosen
+
+
 @families
 def test_static_caches(family):
     model, inputs = visor_model(family), make_inputs(family, ROWS)
@@ -172,6 +211,7 @@ def test_static_caches(family):
     [
         ({"vision": "tiny"}, "not a configuration of this checkpoint; it has \\['dense', 'whole'"),
         ({"vision": ["dense"]}, "names the configurations of 1 rows, the batch has 4"),
+        ({"vision": "auto"}, "needs a checkpoint with a router"),
         ({"vision": 3}, "vision must be a name, or one name a row"),
         ({"vision": "upper", "zoom": "always"}, "does not go with zoom='always' yet"),
         ({"vision": "upper", "use_cache": False}, "zooming needs a plain DynamicCache"),
@@ -183,6 +223,10 @@ def test_what_cannot_be_is_refused_by_name(options, message):
         model.generate(**inputs, **{"zoom": "never", **options}, max_new_tokens=2)
 
 
+def routed(**router) -> dict:
+    return {"configurations": {"a": "SSSSSR", "b": "SSSSRR"}, "router": router}
+
+
 @pytest.mark.parametrize(
     ("visor", "message"),
     [
@@ -190,6 +234,11 @@ def test_what_cannot_be_is_refused_by_name(options, message):
         ({"configurations": {"a": "SSS"}}, "names 3 layers, the VLM's decoder has 6"),
         ({"configurations": {"a": "SSSSSX"}}, "one letter a decoder layer"),
         ({"layers": {}}, "visor must be"),
+        (routed(layer=1, choices=["a"]), "needs two or more different choices"),
+        (routed(layer=1, choices=["a", "c"]), "the router's choice 'c' is no configuration"),
+        (routed(layer=5, choices=["a", "b"]), "its choices share the first 4 layers"),
+        (routed(layer=0, choices=["a", "b"]), "in front of layer 0"),
+        ({"configurations": {}, "router": 3}, "router must be"),
     ],
 )
 def test_a_bad_configuration_is_named(visor, message):
