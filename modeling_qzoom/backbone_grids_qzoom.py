@@ -59,8 +59,20 @@ class TokenGrid(ABC):
         """
 
     @abstractmethod
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
+    def check_shape(self, height: int, width: int) -> None:
+        """Checks that a crop can be made of a region of `height` × `width` source pixels.
+
+        Raises:
+            CropError: it cannot.
+        """
+
+    @abstractmethod
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
         """(height, width) in pixels that a region of `height` × `width` source pixels is resized to.
+
+        Args:
+            height, width: sides of the region.
+            min_pixels, max_pixels: bounds of the crop's area, where the family has a budget.
 
         Raises:
             CropError: no crop can be made of such a region.
@@ -105,12 +117,14 @@ class NativeGrid(TokenGrid):
             )
         return []
 
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
-        """Whole tokens, nearest to the native size within the budget (the resize rule of Qwen's image processors)."""
+    def check_shape(self, height: int, width: int) -> None:
         if max(height, width) > self.max_aspect_ratio * min(height, width):
             raise CropError(f"the crop's aspect ratio ({height} × {width} pixels) exceeds {self.max_aspect_ratio}.")
+
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
+        """Whole tokens, nearest to the native size within the budget (the resize rule of Qwen's image processors)."""
+        self.check_shape(height, width)
         side = self.token_side
-        min_pixels, max_pixels = min_tokens * side**2, max_tokens * side**2
         new_height, new_width = round(height / side) * side, round(width / side) * side
         if new_height * new_width > max_pixels:
             shrink = math.sqrt(height * width / max_pixels)
@@ -166,7 +180,10 @@ class FixedGrid(TokenGrid):
             )
         return [(height, width)] * (image_tokens // (height * width))
 
-    def crop_size(self, height: int, width: int, min_tokens: int, max_tokens: int) -> Size:
+    def check_shape(self, height: int, width: int) -> None:
+        """Every shape fits the square."""
+
+    def crop_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> Size:
         """The longer side fills the square."""
         scale = self.side / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,9 +10,10 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbones_qzoom import BackboneSpec, spec_for_config, spec_for_model_type
+from .backbones_qzoom import BackboneSpec, spec_for_config
+from .configuration_fields_qzoom import as_json, as_vlm_config, checked_statistics
 from .errors_qzoom import CheckpointError, InputError
-from .messages_qzoom import one_line, similar
+from .messages_qzoom import similar
 from .visor_configurations_qzoom import DENSE, check_router, check_visor, is_routed, layer_kinds
 from .zoom_options_qzoom import (
     OPTION_NAMES,
@@ -51,49 +51,6 @@ def refuse_misspelt(names: Iterable[str]) -> None:
             raise CheckpointError(f"a Q-Zoom config has no field {name!r}; did you mean {close[0]!r}?")
 
 
-def _as_vlm_config(value: Any) -> PreTrainedConfig:
-    """The wrapped VLM's configuration, from any form that it may have.
-
-    Raises:
-        CheckpointError: it is none.
-        UnsupportedError: the VLM's family is unknown.
-    """
-    if value is None:
-        value = {"model_type": "qwen2_5_vl"}
-    if isinstance(value, PreTrainedConfig):
-        return value
-    if not isinstance(value, dict):
-        raise CheckpointError(f"vlm_config must be a dict or a configuration of transformers, got {value!r}.")
-    fields = dict(value)
-    model_type = fields.pop("model_type", "qwen2_5_vl")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"vlm_config: model_type must be a name, got {model_type!r}.")
-    spec_for_model_type(model_type)  # its error is the clearer one
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # transformers checks fields with classes of errors of its own
-        raise CheckpointError(f"vlm_config is no {model_type!r} configuration: {one_line(error)}") from error
-
-
-def _checked_statistics(name: str, value: Any) -> list[float]:
-    """`image_mean` or `image_std` as three Python numbers."""
-    try:
-        numbers = [python_number(number) for number in value]
-    except TypeError:
-        numbers = []
-    usable = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
-    if len(numbers) != 3 or not usable or not all(math.isfinite(number) for number in numbers):
-        raise CheckpointError(f"{name} must be three finite numbers, one a colour channel, got {value!r}.")
-    if name == "image_std" and min(numbers) <= 0:
-        raise CheckpointError(f"image_std must be above 0, since pixel values are divided by it, got {value!r}.")
-    return numbers
-
-
-def _as_json(value: Any) -> Any:
-    content = value.to_dict() if isinstance(value, PreTrainedConfig) else value
-    return json.loads(json.dumps(content, default=str))
-
-
 class QZoomConfig(PreTrainedConfig):
     r"""Composite configuration: the VLM's own configuration and what Q-Zoom adds to it.
 
@@ -115,6 +72,21 @@ class QZoomConfig(PreTrainedConfig):
             `"absolute"`, or `"peak"`: the threshold is a share of the map's largest value.
         crop_min_tokens, crop_max_tokens (`int`, *optional*):
             Budget of the crop in merged visual tokens. Default: `min_tokens` and `max_tokens`.
+        crop_budget (`str`, *optional*, defaults to `"fixed"`):
+            How a crop is sized within these bounds. `"fixed"`: its region's native size. `"need"`: that, and small
+            regions are enlarged, at most threefold a side and up to `crop_target_tokens`; the lower bound is 64
+            tokens where it is not set, and it wins over the threefold. `"visionrl2"`: as `"need"`, but to the pixel
+            as Vision-RL² does it, whose rounding may exceed the upper bound by a row and a column. What is not set is
+            its own: 64 tokens, a target of 160 (256 from a `max_tokens` of 1024 on, 384 from 2048 on), and an upper
+            bound of three targets, or half of `max_tokens` where that is less.
+        crop_target_tokens (`int`, *optional*):
+            Up to how many tokens a small region is enlarged. Default: `crop_max_tokens`, or `max_tokens`.
+        region_blur (`str`, *optional*, defaults to `"fixed"`):
+            Gaussian blur of the heat map: `"fixed"`: 3 × 3 cells, sigma 1; `"grid"`: sigma grows from 1 on grids of
+            up to 512 cells to 4 on grids of 8192.
+        region_min_peak, region_min_contrast (`float`, *optional*, defaults to 0):
+            A row is not zoomed when its map's largest value is below the first, or, divided by the map's mean, below
+            the second.
         position_alignment (`str`, *optional*):
             `"continuous"` (fractional positions inside the coarse image) or `"sequential"`. Default: continuous where
             the VLM has M-RoPE, sequential elsewhere.
@@ -181,13 +153,6 @@ class QZoomConfig(PreTrainedConfig):
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
-        gate_branch: str = "full",
-        region_branch: str = "full",
-        keep_share: float = 1.0,
-        keep_margin: int = 1,
-        skip_unread: bool | None = None,
-        vision: str = "dense",
-        visor: dict[str, Any] | None = None,
         effort: str | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         min_tokens: int | None = None,
@@ -197,13 +162,25 @@ class QZoomConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         lora_subfolder: str | None = None,
+        crop_budget: str = "fixed",
+        crop_target_tokens: int | None = None,
+        region_blur: str = "fixed",
+        region_min_peak: float = 0.0,
+        region_min_contrast: float = 0.0,
+        gate_branch: str = "full",
+        region_branch: str = "full",
+        keep_share: float = 1.0,
+        keep_margin: int = 1,
+        skip_unread: bool | None = None,
+        vision: str = "dense",
+        visor: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_misspelt(kwargs)
         tied = kwargs.pop("tie_word_embeddings", None)
         if tied is not None and (vlm_config is None or isinstance(vlm_config, dict)):
             vlm_config = {"tie_word_embeddings": tied, **(vlm_config or {})}
-        self.vlm_config: PreTrainedConfig = _as_vlm_config(vlm_config)
+        self.vlm_config: PreTrainedConfig = as_vlm_config(vlm_config)
         spec = spec_for_config(self.vlm_config)
         if tied is not None and tied != self.tie_word_embeddings:
             raise CheckpointError(
@@ -211,7 +188,7 @@ class QZoomConfig(PreTrainedConfig):
                 "it there."
             )
         for name in _OF_THE_VLM:
-            if name in kwargs and _as_json(kwargs.pop(name)) != _as_json(getattr(self, name)):
+            if name in kwargs and as_json(kwargs.pop(name)) != as_json(getattr(self, name)):
                 raise CheckpointError(f"{name} is the VLM's own and belongs into vlm_config, which says otherwise.")
         self.branch_layer = branch_layer
         self.branch_depth = branch_depth
@@ -230,6 +207,11 @@ class QZoomConfig(PreTrainedConfig):
         self.skip_unread = skip_unread
         self.vision = vision
         self.visor = visor
+        self.crop_budget = crop_budget
+        self.crop_target_tokens = crop_target_tokens
+        self.region_blur = region_blur
+        self.region_min_peak = region_min_peak
+        self.region_min_contrast = region_min_contrast
         self.effort = effort
         self.presets: dict[str, dict[str, Any]] = {} if presets is None else presets
         self.min_tokens = min_tokens
@@ -269,7 +251,7 @@ class QZoomConfig(PreTrainedConfig):
         if not isinstance(self.has_gate, bool):
             raise CheckpointError(f"has_gate must be True or False, got {self.has_gate!r}.")
         for name in ("image_mean", "image_std"):
-            setattr(self, name, _checked_statistics(name, getattr(self, name)))
+            setattr(self, name, checked_statistics(name, getattr(self, name)))
         self._check_places()
         if not isinstance(self.presets, dict) or not all(isinstance(name, str) for name in self.presets):
             raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")

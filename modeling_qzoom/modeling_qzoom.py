@@ -322,6 +322,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         crop_min_tokens: int | None = None,
         crop_max_tokens: int | None = None,
         position_alignment: str | None = None,
+        crop_budget: str | None = None,
+        crop_target_tokens: int | None = None,
+        region_blur: str | None = None,
+        region_min_peak: float | None = None,
+        region_min_contrast: float | None = None,
         gate_branch: str | None = None,
         region_branch: str | None = None,
         keep_share: float | None = None,
@@ -354,6 +359,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
             vision: `"dense"`, or a configuration of the checkpoint: which layers visual tokens take part in (VISOR).
                 A list names one for every row.
+            crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
+            crop_target_tokens: up to how many tokens the last two enlarge a region.
+            region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
+            region_min_peak: smallest peak of a heat map that is zoomed into.
+            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
 
         Returns:

@@ -45,7 +45,7 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file with: git lfs pull"),
 )
 _BRANDS = {
-    b"avif": ("an AVIF image", "Convert it to PNG or JPEG, or install a PIL that reads AVIF (pillow 11.3 or newer)"),
+    b"avi": ("an AVIF image", "Convert it to PNG or JPEG, or install a PIL that reads AVIF (pillow 11.3 or newer)"),
     b"hei": ("a HEIC image", "Convert it to PNG or JPEG, or call pillow_heif.register_heif_opener() before"),
     b"hev": ("a HEIC image", "Convert it to PNG or JPEG, or call pillow_heif.register_heif_opener() before"),
     b"mif1": ("a HEIF image", "Convert it to PNG or JPEG, or call pillow_heif.register_heif_opener() before"),

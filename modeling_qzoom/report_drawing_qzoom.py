@@ -42,6 +42,11 @@ _FORCED: dict[bool | None, str] = {
     True: 'zoomed: zoom="always", the gate was not asked',
     False: "zoomed: this checkpoint has no gate",
 }
+# which rule left the map empty, where it is not the threshold
+_EMPTY = {
+    "region_min_peak": "not zoomed: the heat map's peak is below region_min_peak",
+    "region_min_contrast": "not zoomed: the heat map's peak over its mean is below region_min_contrast",
+}
 _SHADES = "·░▒▓█"  # cold to hot; the first is a place that an overlay does not tint
 _WIDEST_MAP = 48  # cells in a line of text
 _CELL_SIDE, _LARGEST_MAP = 24, 384  # display pixels of the heat map in a notebook
@@ -144,6 +149,7 @@ def caption_lines(report: Any) -> list[str]:
     has_gate = getattr(report, "has_gate", None)
     if report.reason == "forced":
         happened = _FORCED.get(has_gate, happened)
+    happened = _EMPTY.get(getattr(report, "empty_rule", None) or "", happened)
     gate = "gate not run" if report.gate_probability is None else f"gate {report.gate_probability:.3f}"
     details = ["no gate" if has_gate is False else gate, f"{report.coarse_tokens} coarse tokens"]
     if report.crop_tokens:

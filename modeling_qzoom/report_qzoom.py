@@ -35,7 +35,7 @@ class ZoomReport:
             number.
         zoomed: whether a crop was used.
         reason: `gate_open` or `forced` (zoomed; forced by zoom="always" or for lack of a gate); `gate_closed`, `off`
-            (zoom="never"), `no_image`, `video`, `empty_map` (no cell above the threshold), `crop_failed` (the region
+            (zoom="never"), `no_image`, `video`, `empty_map` (no region, see `empty_rule`), `crop_failed` (the region
             lies in the padding or is too narrow), `gate_nan` or `map_nan` (a branch computed NaN: damaged weights, or
             a number format that is too narrow) (not zoomed).
         image_index: which of the row's images was looked at, None if none was.
@@ -48,6 +48,8 @@ class ZoomReport:
         vision: the configuration of VISOR that the row ran under; "dense" for the plain layers.
         has_gate: whether the checkpoint has a gate, which tells zoom="always" from a checkpoint without one; None if
             not recorded. A fact about the model, not about the row, so reports compare without it.
+        empty_rule: the option whose rule left an `empty_map` without a region: `region_threshold` (no cell above it),
+            `region_min_peak` or `region_min_contrast` (the map's peak is too low); None for other rows.
     """
 
     gate_probability: float | None = None
@@ -62,6 +64,7 @@ class ZoomReport:
     grid_box: Rectangle | None = None
     vision: str = "dense"
     has_gate: bool | None = field(default=None, compare=False)
+    empty_rule: str | None = None
 
     def __repr__(self) -> str:
         """One line: what differs from a row that nobody looked at, tensors by their shape."""

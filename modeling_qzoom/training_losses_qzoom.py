@@ -281,7 +281,7 @@ def _with_kept_tokens(
     maps_by_row = region_maps(model, options, run_to_branch(model, view), rows, request.spans, queries)
     kept = []
     for placed, maps in zip(crops, maps_by_row):
-        heatmap = image_heatmap(model, maps, request.spans[placed.row].index(placed.span))
+        heatmap = image_heatmap(model, options, maps, request.spans[placed.row].index(placed.span))
         cells = kept_cells(heatmap, placed.cells, options.keep_share, options.keep_margin)
         kept.append(replace(placed, kept=cells))
     return kept

@@ -13,6 +13,7 @@ from .backbones_qzoom import token_grid_of
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CropError, InputError, UnsupportedError
 from .prompt_qzoom import VisualFeatures, encode_images
+from .zoom_budgets_qzoom import NeedRule, need_rule
 from .zoom_options_qzoom import ZoomOptions
 from .zoom_regions_qzoom import Box
 
@@ -25,6 +26,7 @@ class CropRecipe:
         grid: the family's token grid.
         min_tokens, max_tokens: budget in merged visual tokens; without effect on a fixed grid.
         mean, std: statistics of the pixel values per channel, in [0, 1] units.
+        need: the rule that sizes a crop within the budget; None for its native size, as far as that fits.
     """
 
     grid: TokenGrid
@@ -32,6 +34,7 @@ class CropRecipe:
     max_tokens: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    need: NeedRule | None = None
 
     def size(self, height: int, width: int) -> Size:
         """(height, width) in pixels that a region of so many source pixels is resized to.
@@ -39,7 +42,10 @@ class CropRecipe:
         Raises:
             CropError: no crop can be made of such a region.
         """
-        return self.grid.crop_size(height, width, self.min_tokens, self.max_tokens)
+        if self.need is not None:
+            return self.need.size(self.grid, height, width)
+        area = self.grid.token_side**2
+        return self.grid.crop_size(height, width, self.min_tokens * area, self.max_tokens * area)
 
     def tokens(self, height: int, width: int) -> Size:
         """(height, width) in merged tokens of the crop of a region of so many source pixels.
@@ -122,14 +128,18 @@ def crop_recipe(config: QZoomConfig, options: ZoomOptions) -> CropRecipe:
         InputError: the budget is unknown.
         UnsupportedError: a budget is given to a family whose crops have one size.
     """
-    grid = token_grid_of(config.vlm_config)
+    grid, need = token_grid_of(config.vlm_config), None
     if not grid.has_budget:
-        if options.crop_min_tokens is not None or options.crop_max_tokens is not None:
+        bounds = (options.crop_min_tokens, options.crop_max_tokens, options.crop_target_tokens)
+        if bounds != (None, None, None) or options.crop_budget != "fixed":
             raise UnsupportedError(
-                "crop_min_tokens and crop_max_tokens do not apply: crops of this backbone always have "
-                f"{math.prod(grid.crop_tokens((1, 1)))} tokens."
+                "crop_min_tokens, crop_max_tokens, crop_target_tokens and crop_budget do not apply: crops of this "
+                f"backbone always have {math.prod(grid.crop_tokens((1, 1)))} tokens."
             )
         budget = (1, 1)
+    elif options.crop_budget != "fixed":
+        need = need_rule(config, options, grid.token_side)
+        budget = (need.floor // grid.token_side**2, max(need.floor, need.cap) // grid.token_side**2)
     else:
         high = options.crop_max_tokens or config.max_tokens
         low = options.crop_min_tokens or config.min_tokens or 1
@@ -140,4 +150,4 @@ def crop_recipe(config: QZoomConfig, options: ZoomOptions) -> CropRecipe:
             )
         # one side given in the call moves the other out of its way
         budget = (min(low, high), high) if options.crop_min_tokens is None else (low, max(low, high))
-    return CropRecipe(grid, *budget, mean=tuple(config.image_mean), std=tuple(config.image_std))
+    return CropRecipe(grid, *budget, mean=tuple(config.image_mean), std=tuple(config.image_std), need=need)

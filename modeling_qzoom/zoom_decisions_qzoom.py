@@ -22,7 +22,7 @@ from .zoom_foveation_qzoom import kept_cells
 from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
-from .zoom_regions_qzoom import box_to_pixels, foreground_box, region_heatmap
+from .zoom_regions_qzoom import box_to_pixels, find_region, grid_sigma, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
 
@@ -170,10 +170,13 @@ def decide(
     return reports, crops
 
 
-def image_heatmap(model: ZoomModel, maps: RegionMaps, image: int) -> Tensor:
+def image_heatmap(model: ZoomModel, options: ZoomOptions, maps: RegionMaps, image: int) -> Tensor:
     """(h, w) heat map of one of a row's images, asked by its first query."""
-    rule = model.config.backbone.artifact_rule
-    return region_heatmap(maps.logits[image][0], maps.first_token_logits[image], rule)
+    artifact_rule = model.config.backbone.artifact_rule
+    logits, first = maps.logits[image][0], maps.first_token_logits[image]
+    if options.region_blur == "fixed":
+        return region_heatmap(logits, first, artifact_rule)
+    return region_heatmap(logits, first, artifact_rule, grid_sigma(logits.numel()))
 
 
 def _crop_row(
@@ -181,7 +184,7 @@ def _crop_row(
 ) -> PlacedCrop | None:
     """Picks the image with the highest peak, boxes its region and cuts it out; records all of it in the report."""
     spec, options = model.config.backbone, request.options
-    heatmaps = [image_heatmap(model, maps, image) for image in range(len(maps.logits))]
+    heatmaps = [image_heatmap(model, options, maps, image) for image in range(len(maps.logits))]
     if any(bool(heatmap.isnan().any()) for heatmap in heatmaps):
         report.reason = "map_nan"
         return None
@@ -189,19 +192,23 @@ def _crop_row(
     span = request.spans[row][image]
     source, grid_box = request.sources[span.index], request.grid_boxes[span.index]
     report.image_index, report.grid_box = image, grid_box
-    report.region_logits, report.heatmap = maps.logits[image][0].float().cpu(), heatmaps[image].cpu()
-    cells = foreground_box(heatmaps[image], options.region_threshold, options.region_threshold_mode)
+    heatmap = heatmaps[image].cpu()
+    report.region_logits, report.heatmap = maps.logits[image][0].float().cpu(), heatmap
+    cells, report.empty_rule = find_region(heatmap, options)
     if cells is None:
         report.reason = "empty_map"
         return None
     height, width = source.shape[1:]
-    box = box_to_pixels(cells, span.grid, (height, width), spec.min_box_side, grid_box)
+    recipe = crop_recipe(model.config, options)
+    box = box_to_pixels(
+        cells, span.grid, (height, width), spec.min_box_side, grid_box, cell_side=recipe.grid.token_side
+    )
     if box is None:
         report.reason = "crop_failed"
         return None
     report.box = box
     try:
-        crop = cut_crop(source.to(device), box, crop_recipe(model.config, options))
+        crop = cut_crop(source.to(device), box, recipe)
     except CropError:
         report.reason = "crop_failed"
         return None

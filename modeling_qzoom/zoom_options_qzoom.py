@@ -18,6 +18,8 @@ THRESHOLD_MODES = ("absolute", "peak")
 ALIGNMENTS = ("continuous", "sequential")
 BRANCHES = ("full", "light")
 CROP_BOUNDS = ("crop_min_tokens", "crop_max_tokens")
+CROP_BUDGETS = ("fixed", "need", "visionrl2")
+BLURS = ("fixed", "grid")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class ZoomOptions:
     crop_min_tokens: int | None = None
     crop_max_tokens: int | None = None
     position_alignment: str | None = None
+    crop_budget: str = "fixed"
+    crop_target_tokens: int | None = None
+    region_blur: str = "fixed"
+    region_min_peak: float = 0.0
+    region_min_contrast: float = 0.0
     gate_branch: str = "full"
     region_branch: str = "full"
     keep_share: float = 1.0
@@ -115,7 +122,7 @@ def check_capacity(options: ZoomOptions, config: PreTrainedConfig) -> None:
         InputError: a bound is larger than any sequence may be.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name in CROP_BOUNDS:
+    for name in (*CROP_BOUNDS, "crop_target_tokens"):
         value = getattr(options, name)
         if value is not None and positions is not None and value > positions:
             raise InputError(
@@ -173,7 +180,11 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
     _check_choice("region_threshold_mode", options.region_threshold_mode, THRESHOLD_MODES)
     _check_number("gate_threshold", options.gate_threshold, 0.0, "0 always zooms, above 1 never")
     _check_number("region_threshold", options.region_threshold, 0.0, "a heat-map value, or a share of the peak")
-    for name in CROP_BOUNDS:
+    _check_choice("region_blur", options.region_blur, BLURS)
+    _check_number("region_min_peak", options.region_min_peak, 0.0, "a heat-map value; 0 accepts every map")
+    _check_number("region_min_contrast", options.region_min_contrast, 0.0, "peak over mean; 0 accepts every map")
+    _check_choice("crop_budget", options.crop_budget, CROP_BUDGETS)
+    for name in (*CROP_BOUNDS, "crop_target_tokens"):
         check_tokens(name, getattr(options, name))
     check_order(CROP_BOUNDS, options.crop_min_tokens, options.crop_max_tokens)
     _check_choice("gate_branch", options.gate_branch, BRANCHES)
@@ -201,6 +212,15 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
             )
 
 
+def _refuse_idle_target(options: ZoomOptions) -> None:
+    """Refuses a target beside a budget that knows none."""
+    if options.crop_target_tokens is not None and options.crop_budget == "fixed":
+        raise InputError(
+            "crop_target_tokens has no effect with crop_budget='fixed', which is in force here; set "
+            "crop_budget='need' beside it, or set crop_max_tokens."
+        )
+
+
 def check_presets(
     presets: dict[str, dict[str, Any]], defaults: ZoomOptions, *, mrope: bool
 ) -> dict[str, dict[str, Any]]:
@@ -220,7 +240,10 @@ def check_presets(
             raise InputError(f"preset {name!r} sets {unknown}; a preset may set {sorted(OPTION_NAMES)}.")
         values = {key: value for key, value in preset.items() if value is not None}
         try:
-            validate_options(replace(defaults, **values), mrope=mrope)
+            options = replace(defaults, **values)
+            validate_options(options, mrope=mrope)
+            if "crop_target_tokens" in values:
+                _refuse_idle_target(options)
         except ValueError as error:
             raise InputError(f"preset {name!r}: {error}") from error
     return {name: {key: python_number(value) for key, value in preset.items()} for name, preset in presets.items()}
@@ -275,7 +298,7 @@ def resolve_options(
 
     Raises:
         InputError: unknown preset, a misspelt option in a generation config, a budget beyond the model's length, or
-            what `validate_options` refuses.
+            a target without effect, or what `validate_options` refuses.
     """
     for entry in generation_configs:
         check_generation_config(entry)
@@ -292,5 +315,9 @@ def resolve_options(
     _uncross_crop_bounds(resolved, ranks)
     options = ZoomOptions(**resolved)
     validate_options(options, mrope=mrope)
+    stored = len(layers) - 1  # the model's config may hold a target for the calls that want one
+    rank = ranks.get("crop_target_tokens", stored)
+    if config.backbone.grid.has_budget and rank < stored and rank <= ranks.get("crop_budget", stored):
+        _refuse_idle_target(options)
     check_capacity(options, config)
     return options

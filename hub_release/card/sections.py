@@ -1,6 +1,7 @@
 """The sections of a model card that a repository's own files decide. Standard library only."""
 
 import json
+from typing import Any
 
 from hub_release.card.facts import Facts
 from hub_release.card.tables import figure_table, page_kind_table, spread_table, times_table
@@ -44,6 +45,28 @@ def _contents(facts: Facts) -> str:
     )
 
 
+_RULES = {"need": ", by need", "visionrl2": ", by need as in Vision-RL²"}
+
+
+def _crop(config: dict[str, Any]) -> str:
+    """The crop's budget, and the rule that sizes a crop within it."""
+    rule = config.get("crop_budget", "fixed")
+    low, target, high = (config.get(f"crop_{name}_tokens") for name in ("min", "target", "max"))
+    if rule == "fixed":
+        return _budget(low, high, "as the coarse view")
+    bounds = [f"{name} {bound}" for name, bound in (("floor", low), ("target", target), ("cap", high)) if bound]
+    return f"{', '.join(bounds) or 'bounds from the coarse view'}{_RULES[rule]}"
+
+
+def _region_rules(config: dict[str, Any]) -> dict[str, str]:
+    """Rules for the heat map, where they are not the usual ones."""
+    minima = {"peak": config.get("region_min_peak"), "peak over mean": config.get("region_min_contrast")}
+    rows = {f"smallest {name} of the heat map": str(value) for name, value in minima.items() if value}
+    if config.get("region_blur", "fixed") != "fixed":
+        rows["blur of the heat map"] = "wider on larger grids"
+    return rows
+
+
 def _budget(low: int | None, high: int | None, otherwise: str) -> str:
     return otherwise if low is None and high is None else f"{low} to {high} tokens"
 
@@ -60,8 +83,9 @@ def _settings(facts: Facts) -> str:
         "T (layers of a branch)": config["branch_depth"],
         "gate": gate,
         "region threshold": f"{config.get('region_threshold')}{peak}",
+        **_region_rules(config),
         "coarse view": coarse,
-        "crop": _budget(config.get("crop_min_tokens"), config.get("crop_max_tokens"), "as the coarse view"),
+        "crop": _crop(config),
         "positions of crop tokens": config.get("position_alignment") or "the VLM's default",
         "saved with transformers": config.get("transformers_version"),
     }

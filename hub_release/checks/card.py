@@ -62,6 +62,11 @@ def _check_conditions(folder: Path, conditions: dict[str, Any]) -> Iterator[str]
     here = {
         "gate_threshold": config.get("gate_threshold") if config.get("has_gate", True) else None,
         "region_threshold": [config.get("region_threshold"), config.get("region_threshold_mode")],
+        "crop_rule": config.get("crop_budget", "fixed"),
+        "region_rules": [
+            config.get(name, usual)
+            for name, usual in (("region_blur", "fixed"), ("region_min_peak", 0.0), ("region_min_contrast", 0.0))
+        ],
         "coarse_budget": None if None in coarse else coarse,
     }
     for name, value in here.items():

@@ -9,6 +9,7 @@ from modeling_qzoom.asking.cost import PrefillCost, Prompt
 from modeling_qzoom.backbones_qzoom import spec_for_config, token_grid_of
 from modeling_qzoom.prompt_qzoom import marker_ids
 from modeling_qzoom.zoom_options_qzoom import resolve_options
+from tests.families import FAMILY
 from tests.invariants.test_flops import PEAK, ROW, generate_flops, large_inputs, large_model
 from tests.tiny import FAMILIES
 
@@ -53,6 +54,29 @@ def test_every_outcome_costs_what_is_counted(setting, reason: str, options: dict
         grid = cost.crop_grid(report)
         assert grid[0] * grid[1] == report.crop_tokens
         assert answer.visual_tokens == report.coarse_tokens + report.crop_tokens
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILY[family].has_budget])
+@pytest.mark.parametrize("budget", ["need", "visionrl2"])
+def test_crops_by_need_cost_what_is_counted(family: str, budget: str) -> None:
+    model, inputs = large_model(family), large_inputs(family, [ROW])
+    options = {**PEAK, "crop_budget": budget, "crop_min_tokens": 4, "crop_target_tokens": 24, "crop_max_tokens": 30}
+    resolved = resolve_options(options, (), model.config, mrope=model.config.backbone.mrope)
+    cost = PrefillCost(model.config, resolved)
+    counted, (report,) = generate_flops(model, inputs, zoom="always", **options)
+    assert report.zoomed
+    grid = cost.crop_grid(report)
+    assert grid[0] * grid[1] == report.crop_tokens
+    assert cost.of_answer(row_answer(model, inputs, report)) == pytest.approx(counted, rel=TOLERANCE)
+    fixed = PrefillCost(model.config, resolve_options(PEAK, (), model.config, mrope=model.config.backbone.mrope))
+    assert fixed.crop_grid(report) != grid
+
+
+def test_a_map_below_a_minimum_costs_an_empty_one(setting) -> None:
+    model, inputs, cost = setting
+    counted, (report,) = generate_flops(model, inputs, zoom="always", region_min_peak=1.0, **PEAK)
+    assert (report.reason, report.empty_rule) == ("empty_map", "region_min_peak")
+    assert cost.of_answer(row_answer(model, inputs, report)) == pytest.approx(counted, rel=TOLERANCE)
 
 
 def test_a_crop_in_place_of_a_large_image_pays_off(setting) -> None:

@@ -50,8 +50,10 @@ SIGNATURES = {
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
-        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, return_zoom_reports=None, "
-        "**kwargs)"
+        "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
+        "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
+        "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, vision=None, "
+        "return_zoom_reports=None, **kwargs)"
     ),
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
@@ -74,7 +76,10 @@ SIGNATURES = {
         "gate_threshold=0.1, region_threshold=0.1, region_threshold_mode='absolute', "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, effort=None, "
         "presets=None, min_tokens=None, max_tokens=None, image_mean=None, image_std=None, "
-        "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, **kwargs)"
+        "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, crop_budget='fixed', "
+        "crop_target_tokens=None, region_blur='fixed', region_min_peak=0.0, region_min_contrast=0.0, "
+        "gate_branch='full', region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, "
+        "vision='dense', visor=None, **kwargs)"
     ),
     "QZoomProcessor": (
         "(image_processor=None, tokenizer=None, chat_template=None, backbone_model_type='qwen2_5_vl', "
@@ -103,6 +108,7 @@ FIELDS = {
         "crop_tokens",
         "grid_box",
         "has_gate",
+        "empty_rule",
     ],
     "QZoomOutput": [
         "loss",
@@ -122,6 +128,17 @@ FIELDS = {
         "crop_min_tokens",
         "crop_max_tokens",
         "position_alignment",
+        "crop_budget",
+        "crop_target_tokens",
+        "region_blur",
+        "region_min_peak",
+        "region_min_contrast",
+        "gate_branch",
+        "region_branch",
+        "keep_share",
+        "keep_margin",
+        "skip_unread",
+        "vision",
     ],
 }
 # what transformers names in its own way from version to version

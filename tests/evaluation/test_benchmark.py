@@ -274,6 +274,7 @@ def test_the_command_writes_figures_conditions_and_picture(checkpoint: str, tmp_
     conditions = result["conditions"]
     expected = {"rows": 4, "split": "test", "seed": 9, "coarse_budget": [6, 12], "crop_budget": [4, 8]}
     expected |= {"gate_threshold": 0.9, "region_threshold": [0.9, "peak"], "effort": "fast", "dtype": "float32"}
+    expected |= {"crop_rule": "fixed", "region_rules": ["fixed", 0.0, 0.0]}
     assert {name: conditions[name] for name in expected} == expected
     assert {"command", "attention", "torch", "transformers", "machine", "threads", "seconds"} <= set(conditions)
     assert [point["label"] for point in result["ladder"]] == ["8", "16", "fast", "same"]

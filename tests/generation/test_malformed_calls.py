@@ -75,6 +75,7 @@ def _rows(rng: random.Random) -> list[Row]:
 
 
 OPTIONS = ("zoom", "effort", "gate_threshold", "region_threshold", "region_threshold_mode", "position_alignment")
+OPTIONS += ("crop_budget", "region_blur", "region_min_peak", "region_min_contrast")
 BAD_OPTIONS: dict[str, list[Any]] = {
     "zoom": ["Auto", True, 1, ["auto"], b"never"],
     "effort": ["fastest", 3, ["fast"], True],
@@ -84,6 +85,11 @@ BAD_OPTIONS: dict[str, list[Any]] = {
     "position_alignment": ["nested", 1, ["sequential"]],
     "crop_min_tokens": [0, -4, 2.0, "8", True, 4097, 10**9],
     "crop_max_tokens": [0, -4, 2.5, "8", False, 5000, 10**400],
+    "crop_target_tokens": [0, -4, 2.5, "8", True, 5000, 10**400, 8],  # 8 has no effect beside a fixed budget
+    "crop_budget": ["Need", True, 64, ["need"]],
+    "region_blur": ["auto", 2.0, True],
+    "region_min_peak": [-0.1, float("nan"), "0.1", True, 10**400],
+    "region_min_contrast": [-1, float("inf"), "3", False, {}],
     "return_zoom_reports": ["yes", 1, 0, [True]],
 }
 

@@ -199,7 +199,7 @@ def test_random_boxes_are_inside_cover_their_cells_and_are_large_enough():
             assert end - start >= min(28, limit) - 1  # truncation may cost a pixel
             # to the pixel, no cell is cut
             assert start <= first * limit / count
-            assert end > last * limit / count - 1
+            assert end > last * limit / count - 1 - 1e-3  # float32 may put a whole pixel just below itself
 
 
 def test_random_maps_give_boxes_around_all_their_foreground():

@@ -23,6 +23,11 @@ VARIANTS += [(family, 3, 2, 67) for family in FAMILIES if family not in {variant
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 3), (4, 4), (3, 6), (6, 2)]
 CELL_MARGIN, GATE_MARGIN, PEAK_MARGIN, RANK_MARGIN = 1e-3, 1e-3, 1e-4, 1e-6
 NEW_TOKENS = 3
+# what a map must reach
+PEAK_RULES = {
+    "region_min_peak": lambda heatmap: float(heatmap.max()),
+    "region_min_contrast": lambda heatmap: float(heatmap.max() / (heatmap.mean() + 1e-8)),
+}
 
 
 def random_row(rng: random.Random) -> Row:
@@ -86,6 +91,13 @@ def choose_options(family: str, model, inputs: dict, spy: Spy, rng: random.Rando
     if FAMILY[family].has_budget:
         options["crop_max_tokens"] = rng.choice([6, 12, 24])
         options["position_alignment"] = rng.choice(["continuous", "sequential"])
+        options["crop_budget"] = rng.choice(["fixed", "need", "visionrl2"])
+        options["crop_min_tokens"] = rng.choice([1, 4])
+    options["region_blur"] = rng.choice(["fixed", "grid"])
+    rule = rng.choice(["region_min_peak", "region_min_contrast", None, None])
+    if rule is not None:
+        values = [PEAK_RULES[rule](report.heatmap) for report in probe.zoom_reports if report.heatmap is not None]
+        options[rule] = widest_gap(values, rng) if len(values) > 1 else 0.5 * values[0]
     return options
 
 
@@ -102,6 +114,10 @@ def has_tie(maps: list[torch.Tensor], report, options: dict) -> bool:
     ranks = report.heatmap.flatten().sort().values
     if options["keep_share"] < 1 and bool((ranks.diff().abs() < RANK_MARGIN).any()):
         return True
+    for rule, of_map in PEAK_RULES.items():
+        reached = of_map(report.heatmap)
+        if abs(reached - options.get(rule, 0)) < CELL_MARGIN * reached:
+            return True
     level = options["region_threshold"]
     level = level * report.heatmap.max() if options["region_threshold_mode"] == "peak" else level
     return bool(((report.heatmap - level).abs() < CELL_MARGIN).any())
@@ -115,7 +131,7 @@ def run(model, inputs: dict, **options):
 def assert_same_row(batch, row: int, alone) -> None:
     """Reports, logits and tokens of one row of a batch, against that row's own run."""
     ours, theirs = batch.zoom_reports[row], alone.zoom_reports[0]
-    for name in ("zoomed", "reason", "image_index", "box", "coarse_tokens", "crop_tokens"):
+    for name in ("zoomed", "reason", "empty_rule", "image_index", "box", "coarse_tokens", "crop_tokens"):
         assert getattr(ours, name) == getattr(theirs, name), name
     if theirs.gate_probability is None:
         assert ours.gate_probability is None
@@ -157,6 +173,7 @@ def check_batches(variant: tuple, monkeypatch) -> Counter:
             boxes.add(alone.zoom_reports[0].box)
         zoomed = [report.zoomed for report in batch.zoom_reports]
         seen.update(report.reason for report in batch.zoom_reports)
+        seen.update(report.empty_rule for report in batch.zoom_reports)
         seen["mixed"] += 0 < sum(zoomed) < len(zoomed)
         seen["batches"] += 1
         seen["other image"] += sum(bool(report.image_index) for report in batch.zoom_reports)
@@ -170,7 +187,8 @@ def test_random_batches_equal_their_rows(variant, monkeypatch):
     # what the draws must have covered for this test to mean something
     for reason in ("gate_open", "gate_closed", "forced", "no_image", "empty_map", "other image"):
         assert seen[reason] >= 5, seen
-    assert seen["mixed"] >= seen["batches"] // 3 and seen["boxes"] >= seen["batches"] // 2, seen
+    assert all(seen[rule] >= 2 for rule in PEAK_RULES), seen
+    assert seen["mixed"] >= seen["batches"] // 3 and seen["boxes"] >= 2 * seen["batches"] // 5, seen
     assert seen["redrawn"] <= seen["batches"] // 2, seen
 
 

@@ -265,6 +265,20 @@ def test_variables_reach_the_template_that_reads_them():
     assert named.decode(inputs[0]) == "oh <think>hi"
 
 
+def test_names_that_a_template_shares_with_us():
+    """A template's own variable wins over the processor's keyword, but over neither the budget nor `generate`."""
+    processor = qwen_processor()
+    assert processor.apply_chat_template(chat("hi"), "{{ padding }}hi", padding="oh ") == "oh hi"
+    assert processor.apply_chat_template(chat("hi"), "{% if max_tokens %}oh {% endif %}hi", max_tokens=9) == "hi"
+    with pytest.raises(ValueError, match="zoom: for `generate`, not for the processor"):
+        processor.apply_chat_template(chat("hi"), "{{ zoom }}hi", zoom="never")
+
+
+def test_safety_that_only_a_newer_transformers_gives_is_not_passed_over():
+    with pytest.raises(ValueError, match="'sanitize_control_token'"):
+        qwen_processor().apply_chat_template(chat("hi"), sanitize_control_token=True)
+
+
 def test_variables_without_effect_are_told(caplog):
     transformers_logging.set_verbosity_warning()
     try:

@@ -268,6 +268,7 @@ def test_llava_box_is_where_the_pixels_are(do_pad):
 @pytest.mark.parametrize(
     "name",
     ["zoom", "effort", "gate_threshold", "region_threshold", "region_threshold_mode", "crop_min_tokens"]
+    + ["crop_budget", "crop_target_tokens", "region_blur", "region_min_peak", "region_min_contrast"]
     + ["crop_max_tokens", "position_alignment", "return_zoom_reports", "max_new_tokens", "do_sample", "num_beams"]
     + ["temperature", "top_p", "streamer", "stopping_criteria"],
 )

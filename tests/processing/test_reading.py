@@ -37,7 +37,7 @@ def assert_is_picture(image) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by path; endless answers end when the client leaves or the test is over."""
+    """Answers by path; endless answers end when the client leaves, the test is over, or after 15 seconds."""
 
     def do_GET(self):
         getattr(self, f"answer_{self.path.strip('/').split('.')[0]}")()
@@ -57,6 +57,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_strange(self):
         self._send(200, encoded(), Content_Encoding="zstd")
+
+    def answer_bomb(self):
+        self._send(200, gzip.compress(bytes(2**23)), Content_Encoding="gzip")
+
+    def answer_plainly(self):
+        asked = self.headers.get("Accept-Encoding", "anything")
+        self._send(200 if asked == "identity" else 406, encoded())
 
     def answer_moved(self):
         self._send(302, Location="/image.png")
@@ -93,8 +100,9 @@ class Handler(BaseHTTPRequestHandler):
         self._drip()
 
     def _drip(self, piece: bytes = b"x", pause: float = 0.05) -> None:
+        until = time.monotonic() + 15  # so that a reader without a limit of time fails and does not hang
         try:
-            while not self.server.is_over.wait(pause):
+            while not self.server.is_over.wait(pause) and time.monotonic() < until:
                 self.wfile.write(piece)
         except OSError:
             pass
@@ -114,7 +122,7 @@ def address() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("path", ["image.png", "moved", "packed"])
+@pytest.mark.parametrize("path", ["image.png", "moved", "packed", "plainly"])
 def test_addresses(address, path):
     assert_is_picture(f"{address}/{path}")
     assert_is_picture(f"{address}/{path}".replace("http", "HTTP"))
@@ -144,6 +152,7 @@ def test_data_addresses():
         ("endless", "holds more than 1 MiB.*download it yourself"),
         ("leads", "holds more than 1 MiB"),
         ("announced", "holds more than 1 MiB"),
+        ("bomb", "holds more than 1 MiB"),
         ("slow", "was not there after 1 seconds. Download it yourself"),
         ("headless", "was not there after 1 seconds"),
         ("circle", "TooManyRedirects"),
@@ -215,15 +224,28 @@ def test_more_bytes_than_an_image_can_have(kind, tmp_path):
 
 CONTENTS = {
     "photo.heic": (b"\0\0\0\x1cftypheix" + bytes(40), "is a HEIC image. .*pillow_heif"),
+    "burst.heic": (b"\0\0\0\x1cftyphevc" + bytes(40), "is a HEIC image"),
     "sequence.heif": (b"\0\0\0\x1cftypmif1" + bytes(40), "is a HEIF image"),
+    "small.avif": (b"\0\0\0\x1cftypavis" + bytes(40), "(is an AVIF image|damaged, cut short)"),  # by what PIL reads
     "clip.mp4": (b"\0\0\0\x20ftypisom" + bytes(40), "is a video"),
+    "clip.webm": (b"\x1a\x45\xdf\xa3" + bytes(40), "is a Matroska or WebM video. Take the frames"),
+    "sound.wav": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), "is a video or sound"),
+    "cut.webp": (b"RIFF\x24\0\0\0WEBPVP9 " + bytes(40), "is a WebP image. It is damaged"),
     "paper.pdf": (b"%PDF-1.4\n" + bytes(40), "is a PDF document. Render its pages"),
+    "paper.ps": (b"%!PS-2.0\n" + bytes(40), "is a PostScript document. Render it"),
     "plan.svg": (b'<?xml version="1.0"?>\n<svg width="4"></svg>', "is an SVG drawing. Render it"),
     "login.jpg": (b"\n<html><body>login</body></html>", r"is a web page \(HTML\)"),
     "denied.png": (b'{"error": "denied"}', "is XML or JSON text"),
+    "answer.xml": (b"<?xml version='1.0'?><Error/>", "is XML or JSON text"),
+    "pages.gz": (b"\x1f\x8b\x08" + bytes(40), "is compressed by gzip. Unpack it"),
     "pages.zip": (b"PK\x03\x04" + bytes(40), "is a ZIP archive. Unpack it"),
     "pointer.png": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
     "new.jxl": (b"\xff\x0a" + bytes(40), "is a JPEG XL image. Convert it"),
+    "boxed.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "is a JPEG XL image. Convert it"),
+    "head.gif": (encoded("GIF")[:8], "is a GIF file. It is damaged"),
+    "head.jpg": (b"\xff\xd8\xff\xe0", "is a JPEG file. It is damaged"),
+    "raw.dng": (b"II*\0", "is a TIFF or camera raw file. It is damaged"),
+    "raw.tif": (b"MM\0*", "is a TIFF or camera raw file. It is damaged"),
     "head.png": (encoded()[:14], "damaged, cut short"),
     "half.png": (encoded()[:90], "damaged, cut short"),
     "nothing.png": (b"", r"is empty \(0 bytes\). Save or download it again"),
@@ -247,6 +269,7 @@ def test_places_that_hold_no_file(tmp_path):
     for given, message in (
         (tmp_path, "is a folder. Pass the path of an image in it"),
         (f"file://{tmp_path}", "is a folder"),
+        (os.devnull, "is a device or a pipe"),
         (tmp_path / "pipe", "is a device or a pipe"),
         (f"file://{tmp_path}/none.png", "there is no file '.*none.png'"),
         ("s3://bucket/a.png", r"address of a kind \(s3://\) that is not fetched. Download it yourself"),

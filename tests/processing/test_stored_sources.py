@@ -37,6 +37,8 @@ def test_tensors_of_other_integers(dtype):
 def test_arrays(dtype):
     assert_equal(collect([source.numpy().astype(dtype) for source in SOURCES], 3), SOURCES)
     assert_equal(collect([np.asfortranarray(SOURCES[0].numpy().astype(dtype))], 1), SOURCES[:1])
+    mirrored = SOURCES[0].numpy().astype(dtype)[:, :, ::-1]  # a view, read backwards
+    assert_equal(collect([mirrored], 1), [SOURCES[0].flip(2)])
 
 
 def test_nested_lists():

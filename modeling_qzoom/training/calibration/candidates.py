@@ -1,13 +1,16 @@
 """Which region thresholds are worth decoding with, told from heat maps alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ... import ZoomReport
+from ... import QZoomConfig, ZoomReport
 from ...asking.metrics import area_share, region_recall
-from ...zoom_regions_qzoom import Box, box_to_pixels, foreground_box
+from ...backbones_qzoom import token_grid_of
+from ...zoom_options_qzoom import ZoomOptions
+from ...zoom_regions_qzoom import Box, box_to_pixels, find_region
 
 
 MOST = 3
@@ -28,25 +31,27 @@ class Candidate:
     threshold: float
 
     @property
-    def options(self) -> dict[str, str | float]:
+    def options(self) -> dict[str, Any]:
         """The threshold as options of `generate`."""
         return {"region_threshold": self.threshold, "region_threshold_mode": self.mode}
 
-    def box(self, report: ZoomReport, size: tuple[int, int], min_side: int) -> Box | None:
+    def box(self, report: ZoomReport, size: tuple[int, int], config: QZoomConfig, rules: ZoomOptions) -> Box | None:
         """The box that it makes of a heat map, in source pixels.
 
         Args:
             report: report that holds the heat map.
             size: (width, height) of the image in pixels.
-            min_side: as for `box_to_pixels`.
+            config: the model's configuration.
+            rules: the options in force, for the region rules beside the threshold.
         """
         if report.heatmap is None:
             return None
-        cells = foreground_box(report.heatmap, self.threshold, self.mode)
+        cells, _ = find_region(report.heatmap, replace(rules, **self.options))
         if cells is None:
             return None
         grid = (report.heatmap.shape[0], report.heatmap.shape[1])
-        return box_to_pixels(cells, grid, (size[1], size[0]), min_side, report.grid_box)
+        min_side, cell_side = config.backbone.min_box_side, token_grid_of(config.vlm_config).token_side
+        return box_to_pixels(cells, grid, (size[1], size[0]), min_side, report.grid_box, cell_side)
 
 
 @dataclass(frozen=True)

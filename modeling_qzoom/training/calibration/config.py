@@ -18,6 +18,9 @@ class CalibrateConfig(ModelConfig, DataConfig):
         "mean prefill FLOPs that the preset fast may cost, as a multiple of the plain model's at the coarse budget",
     )
     crop_max_tokens: list[int] = option([], "crop budgets to try, ascending")
+    crop_budget: list[str] = option(
+        [], "rules of the crop's budget to try (fixed, need, visionrl2); the model's own by default"
+    )
     region_thresholds: dict[str, list[float]] = option(
         {
             "absolute": [0.03, 0.05, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3],

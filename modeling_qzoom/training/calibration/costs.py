@@ -8,7 +8,22 @@ from ...asking.cost import PrefillCost, Prompt
 from ...asking.session import Session
 from ...data.rows import Row
 from ...prompt_qzoom import marker_ids
-from ...zoom_options_qzoom import resolve_options
+from ...zoom_options_qzoom import ZoomOptions, resolve_options
+
+
+def options_under(session: Session, options: dict[str, Any]) -> ZoomOptions:
+    """The options in force in a call with some.
+
+    Args:
+        session: the model.
+        options: options of `generate`.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    model = session.model
+    mrope = model.config.backbone.mrope
+    return resolve_options(options, [model.generation_config], model.config, mrope=mrope)
 
 
 def cost_under(session: Session, options: dict[str, Any]) -> PrefillCost:
@@ -21,10 +36,7 @@ def cost_under(session: Session, options: dict[str, Any]) -> PrefillCost:
     Raises:
         ValueError: they do not fit the model.
     """
-    model = session.model
-    mrope = model.config.backbone.mrope
-    resolved = resolve_options(options, [model.generation_config], model.config, mrope=mrope)
-    return PrefillCost(model.config, resolved)
+    return PrefillCost(session.model.config, options_under(session, options))
 
 
 def prompt_of(session: Session, row: Row, report: ZoomReport) -> Prompt:

@@ -20,7 +20,7 @@ from ...zoom_regions_qzoom import Box
 from ..common.labelling import label_in_batches
 from .candidates import Candidate
 from .config import CalibrateConfig
-from .costs import cost_under, prompt_of
+from .costs import cost_under, options_under, prompt_of
 from .operating_points import Outcomes
 
 
@@ -121,7 +121,7 @@ class Passes:
     def _coarse_batch(self, candidates: Sequence[Candidate], batch: list[tuple[int, Image.Image]]) -> list[Coarse]:
         rows, images = [self.rows[place] for place, _ in batch], [image for _, image in batch]
         right, _, reports = self._answers(rows, images, _NO_REGION)
-        min_side = self.session.model.config.backbone.min_box_side
+        model, rules = self.session.model.config, options_under(self.session, {})
         return [
             Coarse(
                 place,
@@ -129,7 +129,7 @@ class Passes:
                 reports[index].gate_probability,
                 prompt_of(self.session, rows[index], reports[index]),
                 image.size,
-                [candidate.box(reports[index], image.size, min_side) for candidate in candidates],
+                [candidate.box(reports[index], image.size, model, rules) for candidate in candidates],
             )
             for index, (place, image) in enumerate(batch)
         ]

@@ -9,6 +9,8 @@ import numpy as np
 from ... import QZoomConfig
 from ...asking.session import Session
 from ...data.rows import Row
+from ...zoom_crops_qzoom import crop_recipe
+from ...zoom_options_qzoom import ZoomOptions, validate_options
 from .candidates import Candidate, Ranked, rank_candidates
 from .config import CalibrateConfig
 from .costs import cost_under
@@ -27,16 +29,54 @@ def region_candidates(config: CalibrateConfig, model: QZoomConfig) -> list[Candi
     return list(dict.fromkeys([*candidates, Candidate(model.region_threshold_mode, model.region_threshold)]))
 
 
-def crop_budgets(config: CalibrateConfig, model: QZoomConfig) -> list[dict[str, int]]:
+def crop_budgets(config: CalibrateConfig, model: QZoomConfig) -> list[dict[str, Any]]:
     """Crop budgets to try, as options of `generate`; the smallest bound gives way where it is larger.
 
     Raises:
-        ValueError: budgets for a backbone whose crops have one size.
+        ValueError: budgets for a backbone whose crops have one size, or an unknown rule.
     """
     if not model.backbone.grid.has_budget:
-        if config.crop_max_tokens:
-            raise ValueError("crop_max_tokens: crops of this backbone always have one size; leave it out.")
+        for name in ("crop_max_tokens", "crop_budget"):
+            if getattr(config, name):
+                raise ValueError(f"{name}: crops of this backbone always have one size; leave it out.")
         return [{}]
+    rules = config.crop_budget or [model.crop_budget]
+    if rules == [model.crop_budget] == ["fixed"]:
+        return _fixed_budgets(config, model)
+    budgets = []
+    for rule in rules:
+        caps: list[int | None] = [None, *config.crop_max_tokens]  # None: the rule's own
+        for cap in caps[:1] if rule == "visionrl2" else caps[1:] or caps:
+            budgets.append(_whole_budget(model, rule, cap))
+    unlike = [budget for place, budget in enumerate(budgets) if budget not in budgets[:place]]
+    return sorted(unlike, key=lambda budget: (budget["crop_max_tokens"], budget["crop_budget"] == "fixed"))
+
+
+def _whole_budget(model: QZoomConfig, rule: str, cap: int | None) -> dict[str, Any]:
+    """Every number of a budget, so that none is taken from what another preset leaves in the checkpoint.
+
+    Args:
+        model: the model's configuration; the bounds that it sets hold, as they do in a call.
+        rule: value of `crop_budget`.
+        cap: largest number of tokens; None for what the model sets, or else the rule.
+
+    Raises:
+        ValueError: no such rule, or an unknown budget.
+    """
+    low, high = model.crop_min_tokens, cap or model.crop_max_tokens
+    low = low if low is None or high is None else min(low, high)
+    options = ZoomOptions(
+        crop_budget=rule, crop_min_tokens=low, crop_max_tokens=high, crop_target_tokens=model.crop_target_tokens
+    )
+    validate_options(options, mrope=model.backbone.mrope)
+    recipe = crop_recipe(model, options)
+    budget = {"crop_budget": rule, "crop_min_tokens": recipe.min_tokens, "crop_max_tokens": recipe.max_tokens}
+    if recipe.need is not None:
+        budget["crop_target_tokens"] = recipe.need.target // recipe.grid.token_side**2
+    return budget
+
+
+def _fixed_budgets(config: CalibrateConfig, model: QZoomConfig) -> list[dict[str, Any]]:
     largest = model.crop_max_tokens or model.max_tokens
     budgets = config.crop_max_tokens or ([] if largest is None else [largest])
     if not budgets:
@@ -70,7 +110,7 @@ def closed_outcomes(session: Session, coarse: Sequence[Coarse]) -> Outcomes:
 
 
 def measure_points(
-    passes: Passes, coarse: Sequence[Coarse], closed: Outcomes, ranked: Sequence[Ranked], budgets: list[dict[str, int]]
+    passes: Passes, coarse: Sequence[Coarse], closed: Outcomes, ranked: Sequence[Ranked], budgets: list[dict[str, Any]]
 ) -> list[Point]:
     """Every point: the ranked region thresholds at the largest crop budget, the best of them at the others.
 

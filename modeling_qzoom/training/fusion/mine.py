@@ -17,7 +17,7 @@ from ...asking.judges import Judge, judge_for
 from ...asking.session import Session, open_session
 from ...data.readers import load_rows
 from ...data.rows import Row, Rows
-from ...zoom_options_qzoom import resolve_options
+from ...zoom_options_qzoom import ZoomOptions, resolve_options
 from ..common.label_store import Manifest, data_settings, make_labels, read_labels
 from ..common.labelling import Labeler
 from .config import MineFusionConfig
@@ -34,6 +34,8 @@ _ZOOM_SETTINGS = (
     "crop_max_tokens",
     "position_alignment",
 )
+# newer options; labels made before these existed were made with their defaults
+_LATER_SETTINGS = ("crop_budget", "crop_target_tokens", "region_blur", "region_min_peak", "region_min_contrast")
 _CASES = {
     (True, False): "plain right, zoomed wrong (regressions)",
     (True, True): "both right",
@@ -97,6 +99,11 @@ def count_cases(records: Iterable[FusionRecord]) -> dict[str, int]:
     return {name: counts[case] for case, name in _CASES.items()}
 
 
+def _zoom_settings(options: ZoomOptions) -> dict[str, Any]:
+    changed = [name for name in _LATER_SETTINGS if getattr(options, name) != getattr(ZoomOptions(), name)]
+    return {name: getattr(options, name) for name in (*_ZOOM_SETTINGS, *changed)}
+
+
 def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
     """Everything that labels depend on besides backbone and rows."""
     model = session.model
@@ -110,7 +117,7 @@ def _settings(config: MineFusionConfig, session: Session) -> dict[str, Any]:
         **data_settings(config),
         **{name: getattr(config, name) for name in names},
         **{name: getattr(session.processor, name) for name in ("min_tokens", "max_tokens")},
-        "zoom": {name: getattr(options, name) for name in _ZOOM_SETTINGS},
+        "zoom": _zoom_settings(options),
         "judge": judge,
         "region_branch": region_fingerprint(model),
     }

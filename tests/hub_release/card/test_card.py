@@ -1,6 +1,8 @@
 """Model cards: what an author wrote is kept, everything else is what the files say, and the examples run."""
 
+import json
 import re
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -137,3 +139,29 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert Image.open("where-it-looked.png").width > 0
     assert space["small"].is_loaded_in_4bit
     assert next(space["small"].vlm.model.visual.blocks[0].attn.qkv.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"crop_budget": "need"}, ["| crop | floor 4, cap 24, by need |"]),
+        (
+            {"crop_budget": "visionrl2", "crop_min_tokens": None, "crop_max_tokens": None, "crop_target_tokens": 160},
+            ["| crop | target 160, by need as in Vision-RL² |"],
+        ),
+        (
+            {"region_blur": "grid", "region_min_peak": 0.03, "region_min_contrast": 3.0},
+            [
+                "| smallest peak of the heat map | 0.03 |",
+                "| smallest peak over mean of the heat map | 3.0 |",
+                "| blur of the heat map | wider on larger grids |",
+            ],
+        ),
+    ],
+)
+def test_rules_of_crop_and_region_are_in_the_card(published, tmp_path, fields, rows):
+    folder = shutil.copytree(published, tmp_path / "rules")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "crop_min_tokens": 4, "crop_max_tokens": 24, **fields}))
+    settings = read_card(render(read_card(""), read_facts(folder, "me/model"), "mit")).sections["Settings"]
+    assert all(row in settings for row in rows)

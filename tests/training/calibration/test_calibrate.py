@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
+from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration, ZoomReport
 from modeling_qzoom.asking.answers import ask_batch
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
@@ -23,8 +23,10 @@ from modeling_qzoom.training.calibration.operating_points import (
     gate_thresholds,
     gated_points,
 )
+from modeling_qzoom.training.calibration.trials import crop_budgets
+from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 from tests.families import FAMILY
-from tests.tiny import FAMILIES, tiny_model, tiny_vlm
+from tests.tiny import FAMILIES, tiny_model, tiny_vlm, vlm_config
 from tests.training.fusion.test_mine import answer_rows
 from tests.training.stage_fixtures import budget, write_data, write_model
 
@@ -305,6 +307,8 @@ def test_llava_has_no_crop_budgets(tmp_path):
     model = write_model(tmp_path / "model", "llava", **REGION)
     with pytest.raises(ValueError, match="crops of this backbone always have one size"):
         calibrate.run(config(model, write_data(tmp_path / "data"), crop_max_tokens=[8]))
+    with pytest.raises(ValueError, match="crop_budget: crops of this backbone always have one size"):
+        calibrate.run(config(model, write_data(tmp_path / "data2"), crop_budget=["need"]))
 
 
 def test_an_output_folder_that_holds_something_else_is_refused_before_the_run(qwen, tmp_path):
@@ -331,3 +335,66 @@ def test_no_weights_of_an_earlier_output_are_read(qwen, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
     loaded = QZoomForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.zoom.gate.head.bias, changed.zoom.gate.head.bias)
+
+
+BOUNDS = {"crop_min_tokens": 4, "crop_max_tokens": 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "expected"),
+    [
+        (BOUNDS, {}, [("fixed", 4, None, 20)]),
+        ({}, {"crop_budget": ["need"], "crop_max_tokens": [12, 6]}, [("need", 6, 6, 6), ("need", 12, 12, 12)]),
+        (BOUNDS, {"crop_budget": ["need"]}, [("need", 4, 20, 20)]),
+        (
+            BOUNDS,
+            {"crop_budget": ["fixed", "need"], "crop_max_tokens": [10]},
+            [("need", 4, 10, 10), ("fixed", 4, None, 10)],
+        ),
+        ({"max_tokens": 576}, {"crop_budget": ["visionrl2"]}, [("visionrl2", 64, 160, 288)]),
+        ({"max_tokens": 576, "crop_budget": "visionrl2"}, {}, [("visionrl2", 64, 160, 288)]),
+        ({"max_tokens": 40}, {"crop_budget": ["visionrl2"]}, [("visionrl2", 64, 160, 64)]),
+        ({**BOUNDS, "crop_budget": "need", "crop_target_tokens": 8}, {}, [("need", 4, 8, 20)]),
+        ({**BOUNDS, "crop_budget": "need"}, {"crop_max_tokens": [3]}, [("need", 3, 3, 3)]),
+    ],
+)
+def test_crop_budgets_name_every_number(fields, options, expected):
+    """So that a preset means the same whatever the others leave in the checkpoint."""
+    model = QZoomConfig(vlm_config("qwen2_5_vl"), branch_layer=3, branch_depth=2, **{"max_tokens": 24, **fields})
+    budgets = crop_budgets(CalibrateConfig(model="m", data="d", **options), model)
+    names = ("crop_min_tokens", "crop_target_tokens", "crop_max_tokens")
+    found = [(budget.get("crop_budget", "fixed"), *map(budget.get, names)) for budget in budgets]
+    assert found == expected
+
+
+def test_rules_of_the_crop_s_budget_are_tried(qwen, tmp_path):
+    """What is written gives what was measured, with another preset's numbers in the checkpoint."""
+    model, data = qwen
+    report = tmp_path / "report.json"
+    rules = {"crop_budget": ["fixed", "need", "visionrl2"], "crop_max_tokens": [8, 20]}
+    calibrate.run(config(model, data, report=str(report), lose_at_most=0.4, **rules))
+    found = json.loads(report.read_text())
+    tried = {point["options"]["crop_budget"] for point in found["points"]}
+    assert tried == {"fixed", "need", "visionrl2"}
+    for options in {point["options"]["crop_budget"]: point for point in found["points"]}.values():
+        expected = direct(model, data, **options["options"])
+        assert expected == pytest.approx({key: options[key] for key in expected})
+    for name in QZoomConfig.from_pretrained(model).presets:
+        expected = direct(model, data, effort=name)
+        assert expected == pytest.approx({key: found["presets"][name][key] for key in expected})
+
+
+def test_region_rules_in_force_hold_for_the_candidates(qwen):
+    """A map that no call would zoom into makes no box here either."""
+    model, _ = qwen
+    settings = QZoomConfig.from_pretrained(model)
+    report = ZoomReport(heatmap=torch.tensor([[0.02, 0.01], [0.0, 0.0]]))
+    candidate = Candidate("peak", 0.5)
+    assert candidate.box(report, (56, 56), settings, ZoomOptions()) == (0, 0, 28, 28)
+    assert candidate.box(report, (56, 56), settings, ZoomOptions(region_min_peak=0.03)) is None
+    assert candidate.box(report, (56, 56), settings, ZoomOptions(region_min_contrast=3)) is None
+
+
+def test_unknown_rules_of_a_budget_are_refused(qwen):
+    with pytest.raises(ValueError, match="crop_budget must be one of"):
+        calibrate.run(config(*qwen, crop_budget=["needs"]))

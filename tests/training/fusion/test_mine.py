@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,19 @@ def test_folder_of_another_judge_or_region_branch(checkpoint, tmp_path):
     open_session(settings).processor.save_pretrained(tmp_path / "changed")
     with pytest.raises(ValueError, match="settings differ"):
         mine_fusion.run(config(tmp_path, str(tmp_path / "changed"), data, limit=4))
+
+
+def test_labels_under_other_region_or_crop_rules_are_not_mixed(checkpoint, tmp_path):
+    """A rule at its default leaves the settings as they were written before there was one."""
+    model, data = checkpoint
+    settings = config(tmp_path, model, data, limit=4)
+    mine_fusion.run(settings)
+    manifest = json.loads((Path(settings.output) / "labels.json").read_text())
+    usual = ("region_threshold", "region_threshold_mode", "crop_min_tokens", "crop_max_tokens", "position_alignment")
+    assert set(manifest["settings"]["zoom"]) == set(usual)
+    for name, value in {"crop_budget": "need", "region_blur": "grid", "region_min_peak": 0.01}.items():
+        changed = shutil.copytree(model, tmp_path / name)
+        fields = json.loads((changed / "config.json").read_text())
+        (changed / "config.json").write_text(json.dumps({**fields, name: value}))
+        with pytest.raises(ValueError, match="settings differ"):
+            mine_fusion.run(config(tmp_path, str(changed), data, limit=4))
