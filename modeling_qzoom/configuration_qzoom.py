@@ -272,6 +272,8 @@ class QZoomConfig(PreTrainedConfig):
         self.presets = check_presets(self.presets, options, mrope=mrope)
         find_preset(self.effort, self.presets)
         for name in (holder.get("vision") or DENSE for holder in (vars(self), *self.presets.values())):
+            if not isinstance(name, str):
+                raise CheckpointError(f"vision must be the name of one configuration, got {name!r}.")
             if not is_routed(self.visor, name):
                 layer_kinds(self.visor, name)
 

@@ -62,9 +62,9 @@ class ZoomReport:
     coarse_tokens: int = 0
     crop_tokens: int = 0
     grid_box: Rectangle | None = None
-    vision: str = "dense"
     has_gate: bool | None = field(default=None, compare=False)
     empty_rule: str | None = None
+    vision: str = "dense"
 
     def __repr__(self) -> str:
         """One line: what differs from a row that nobody looked at, tensors by their shape."""
