@@ -180,8 +180,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         source_images: SourceInput | None = None,
         source_boxes: Any = None,
         zoom_boxes: Sequence[Any] | None = None,
-        vision: str | None = None,
         cache: Cache | None = None,
+        vision: str | None = None,
         **kwargs: Any,
     ) -> QZoomOutput:
         """One pass: plain, over a branch, over the fused sequence, or under a configuration of VISOR.

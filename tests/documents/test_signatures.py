@@ -60,7 +60,7 @@ SIGNATURES = {
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "
         "pixel_values_videos=None, video_grid_thw=None, mm_token_type_ids=None, logits_to_keep=0, "
         "mm_encoder_outputs=None, second_per_grid_ts=None, region_targets=None, gate_targets=None, "
-        "query_positions=None, source_images=None, source_boxes=None, zoom_boxes=None, vision=None, cache=None, "
+        "query_positions=None, source_images=None, source_boxes=None, zoom_boxes=None, cache=None, vision=None, "
         "**kwargs)"
     ),
     "from_backbone": "(vlm, *, branch_layer, branch_depth=3, has_gate=True, zoom_config=None, **kwargs)",
