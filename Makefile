@@ -13,7 +13,7 @@ PYTEST := -m pytest -n 2 --dist loadfile
 export IMAGE QUESTION
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-oldest test-all lint format docs figures tables release train-demo ablations clean
+.PHONY: demo test test-slow test-serve test-oldest test-all lint format docs figures tables release train-demo ablations clean
 
 # runs one command and reports its time; the command's exit status is the recipe's
 timed = @began=$$(date +%s); $(1); status=$$?; echo "== $@: $$(( $$(date +%s) - began )) s"; exit $$status
@@ -33,6 +33,11 @@ $(VENV)/.docs: $(VENV)/.core
 
 $(VENV)/.stages: $(VENV)/.core
 	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[stages]")
+	@touch $@
+
+# Ray and its web framework: 330 MB
+$(VENV)/.serve: $(VENV)/.dev
+	$(call timed,$(BIN)/python $(PIP_INSTALL) --editable ".[dev,serve]")
 	@touch $@
 
 # the oldest transformers that pyproject.toml admits
@@ -57,6 +62,10 @@ $(CLEAN)/.ready: $(VENV)/.dev
 # clean environments, every block of the README, killed and restarted runs, two processes
 test-slow: $(VENV)/.dev $(CLEAN)/.ready
 	$(call timed,QZOOM_CLEAN_PYTHON=$(CURDIR)/$(CLEAN)/bin/python $(BIN)/python $(PYTEST) --durations 10 -m "slow and not gpu")
+
+# the server, on this machine's loopback addresses only: quick and slow tier of what needs the extra `serve`
+test-serve: $(VENV)/.serve
+	$(call timed,$(BIN)/python -m pytest --durations 10 -m "not gpu" tests/serving)
 
 # the quick tier again, on the oldest transformers
 test-oldest: $(OLDEST)/.dev

@@ -29,6 +29,8 @@ from hub_release.repository.errors import BuildError
 from hub_release.repository.files import (
     AUTO_MAPS,
     BASE_LICENCE,
+    ENDPOINT,
+    ENDPOINT_FILES,
     LICENCE_FILES,
     ROOT,
     VERSION_FIELD,
@@ -193,6 +195,7 @@ def build(
     base_folder: str | Path | None = None,
     licence: str | None = None,
     max_shard_size: str | None = None,
+    handler: bool = False,
 ) -> Path:
     """Makes a folder that loads with `trust_remote_code=True` where the package is not installed.
 
@@ -206,6 +209,7 @@ def build(
         base_folder: where the plain VLM is on this machine: its licence is copied, and an add-on is compared with it.
         licence: identifier of the weights' licence for the card, by default the one in the checkpoint's card.
         max_shard_size: size of the largest weights file, e.g. "5GB"; by default weights are copied as they are.
+        handler: add what a hosted endpoint needs to serve the repository.
 
     Returns:
         The output folder.
@@ -232,6 +236,8 @@ def build(
         _write_with_library(checkpoint, made, variant, tokenizer, base, base_folder, max_shard_size)
         _copy_data(checkpoint, made, built)
         _copy_code(built)
+        for name in ENDPOINT_FILES if handler else ():
+            _copy(ENDPOINT, name, built / name)
         for folder in filter(None, (checkpoint, base_folder)):
             _copy_licences(folder, built)
         _name_base(checkpoint, built, base)
@@ -258,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base-folder", type=Path, metavar="FOLDER", help="where the plain VLM is on this machine")
     parser.add_argument("--license", dest="licence", metavar="ID", help="of the weights, e.g. apache-2.0")
     parser.add_argument("--max-shard-size", metavar="SIZE", help='split the weights, e.g. "5GB"')
+    parser.add_argument("--handler", action="store_true", help="add handler.py, for hosted endpoints")
     options = vars(parser.parse_args(arguments))
     checkpoint, output = options.pop("checkpoint"), options.pop("output")
     try:

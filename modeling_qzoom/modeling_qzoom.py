@@ -1,7 +1,7 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from types import MethodType
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -18,11 +17,12 @@ from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, no
 from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
-from .errors_qzoom import UnsupportedError
+from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
 from .loading_qzoom import QZoomLoadingMixin
+from .modeling_outputs_qzoom import QZoomOutput
 from .report_qzoom import ZoomReport
 from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
@@ -34,44 +34,6 @@ from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
-
-
-@dataclass(init=False)
-class QZoomOutput(CausalLMOutputWithPast):
-    """What `forward` returns: the parent's fields, of which transformers chooses the cache's name, and the branches'.
-
-    Whatever else the VLM returns (`image_outputs`, `video_outputs`, …) stands beside them under its own name.
-
-    Args:
-        loss (`torch.FloatTensor`, *optional*): language loss, or region loss + gate loss.
-        logits (`torch.FloatTensor`, *optional*): (B, n, vocabulary); None in a branch pass.
-        past_key_values (`Cache`, *optional*): the cache, if one was used. From transformers 5.24 on the field
-            is `cache`, and this name reads it.
-        hidden_states (`tuple`, *optional*): as the VLM returns them.
-        attentions (`tuple`, *optional*): as the VLM returns them.
-        region_loss (`torch.FloatTensor`, *optional*): BCE over labelled cells.
-        gate_loss (`torch.FloatTensor`, *optional*): BCE over labelled rows.
-        region_logits (`list[list[torch.FloatTensor]]`, *optional*): per row and image, (Q, h, w) float32.
-        gate_logits (`torch.FloatTensor`, *optional*): (B,) float32.
-    """
-
-    region_loss: torch.FloatTensor | None = None
-    gate_loss: torch.FloatTensor | None = None
-    region_logits: list[list[torch.FloatTensor]] | None = None
-    gate_logits: torch.FloatTensor | None = None
-
-    def __init__(self, *args: Any, **values: Any) -> None:
-        # any name, because DistributedDataParallel takes an output apart and builds it again
-        values = {**dict(zip((field.name for field in fields(self)), args)), **values}
-        parents = {"past_key_values", *(field.name for field in fields(CausalLMOutputWithPast))}
-        super().__init__(**{name: value for name, value in values.items() if name in parents})
-        for name, value in values.items():
-            if name not in parents and value is not None:
-                self[name] = value
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, with the encoders' outputs as tuples too, as the VLM returns them."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class QZoomPreTrainedModel(PreTrainedModel):
@@ -334,6 +296,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         skip_unread: bool | None = None,
         vision: str | Sequence[str] | None = None,
         return_zoom_reports: bool | None = None,
+        zoom_reports: list[ZoomReport] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -365,12 +328,15 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             region_min_peak: smallest peak of a heat map that is zoomed into.
             region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
+            zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
+                for streamers and stopping criteria.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, or right-padded rows.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
+                reports that is not empty.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         arguments = locals()  # every option is an argument of its name
@@ -378,6 +344,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         # transformers fills what the call's generation config leaves open from the model's
         configs = [entry for entry in (generation_config, self.generation_config) if entry is not None]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if zoom_reports:
+            raise InputError("zoom_reports must be an empty list, which the call fills; pass a new one to each call.")
         with no_adapters_left(self):
             options = resolve_options(call_options, configs, self.config, mrope=self.config.backbone.mrope)
             has_reports = resolve_reports(return_zoom_reports, configs)
@@ -386,7 +354,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             name_cache(kwargs)
             request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
             if request is not None:
+                request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request
+            elif zoom_reports is not None and input_ids is not None:
+                zoom_reports += plain_reports(self.config, input_ids, "off")
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if has_reports:
             outputs["zoom_reports"] = self._reports(request, input_ids, kwargs.get("inputs_embeds"), outputs)

@@ -88,10 +88,10 @@ def _explain(name: str, head: bytes, error: Exception) -> str:
     return f"cannot be read: {name} is {recognised[0]}. {recognised[1]}"
 
 
-def _fetch(client: Any, url: str, answer: "SimpleQueue[BytesIO | Exception]") -> None:
+def _fetch(client: Any, url: str, max_bytes: int, answer: "SimpleQueue[BytesIO | Exception]") -> None:
     """Puts the body of a URL, or what went wrong, into `answer`."""
     too_large = UnusableImage(
-        f"cannot be read: {shown(url)} holds more than {MAX_DOWNLOAD_BYTES // 2**20} MiB. If you trust it, "
+        f"cannot be read: {shown(url)} holds more than {max_bytes / 2**20:g} MiB. If you trust it, "
         "download it yourself and pass its path"
     )
     try:
@@ -101,40 +101,50 @@ def _fetch(client: Any, url: str, answer: "SimpleQueue[BytesIO | Exception]") ->
             packing = response.headers.get("Content-Encoding", "identity").lower()
             if packing not in ("identity", "gzip", "deflate", ""):
                 raise UnusableImage(f"cannot be read: {shown(url)} comes packed ({packing}). Pass it unpacked")
-            if packing in ("identity", "") and int(response.headers.get("Content-Length", 0)) > MAX_DOWNLOAD_BYTES:
+            if packing in ("identity", "") and int(response.headers.get("Content-Length", 0)) > max_bytes:
                 raise too_large
             body = BytesIO()
             for chunk in response.iter_bytes():
                 body.write(chunk)
-                if body.tell() > MAX_DOWNLOAD_BYTES:
+                if body.tell() > max_bytes:
                     raise too_large
         answer.put(body)
     except Exception as error:  # handed over to the thread that waits
         answer.put(error)
 
 
-def _download(url: str) -> BytesIO:
+def download(url: str, client: Any, max_bytes: int, seconds: float) -> BytesIO:
     """The body of a URL, in a thread of its own: nothing else bounds the time of a server that sends byte by byte.
+
+    Args:
+        url: an address that the client understands.
+        client: an open httpx client, which decides about redirects; closing it ends the thread.
+        max_bytes: largest body.
+        seconds: for the whole of it: look-up, redirects, headers and body.
 
     Raises:
         UnusableImage: it cannot be had, is too large, or takes too long.
     """
     answer: SimpleQueue[BytesIO | Exception] = SimpleQueue()
-    with httpx.Client(timeout=DOWNLOAD_SECONDS, follow_redirects=True) as client:  # closing it ends the thread
-        threading.Thread(target=_fetch, args=(client, url, answer), daemon=True).start()
-        try:
-            body = answer.get(timeout=DOWNLOAD_SECONDS)
-        except Empty:
-            raise UnusableImage(
-                f"cannot be read: {shown(url)} was not there after {DOWNLOAD_SECONDS} seconds. Download it "
-                "yourself and pass its path"
-            ) from None
+    threading.Thread(target=_fetch, args=(client, url, max_bytes, answer), daemon=True).start()
+    try:
+        body = answer.get(timeout=seconds)
+    except Empty:
+        raise UnusableImage(
+            f"cannot be read: {shown(url)} was not there after {seconds:g} seconds. Download it yourself and pass "
+            "its path"
+        ) from None
     if isinstance(body, UnusableImage):
         raise body
     if isinstance(body, Exception):
         raise UnusableImage(f"cannot be read: {type(body).__name__}: {body} ({shown(url)})") from body
     body.seek(0)
     return body
+
+
+def _download(url: str) -> BytesIO:
+    with httpx.Client(timeout=DOWNLOAD_SECONDS, follow_redirects=True) as client:
+        return download(url, client, MAX_DOWNLOAD_BYTES, DOWNLOAD_SECONDS)
 
 
 def _check_bytes(name: str, count: int, max_pixels: int | None) -> None:
@@ -153,7 +163,7 @@ def _file_of_url(url: str) -> str:
     return path if os.path.exists(path) else url2pathname(unquote(path))
 
 
-def _decode_text(text: str, max_pixels: int | None) -> tuple[str, bytes]:
+def decode_text(text: str, max_pixels: int | None) -> tuple[str, bytes]:
     """What to call a data URL or base64 text, and the bytes that it stands for."""
     header, comma, payload = text.partition(",")
     is_url = bool(comma) and header[:5].lower() == "data:"
@@ -193,7 +203,7 @@ def _locate(source: str | os.PathLike | bytes | bytearray, max_pixels: int | Non
                 f"cannot be read: {shown(text)} is an address of a kind ({scheme}://) that is not fetched. "
                 "Download it yourself and pass its path"
             ) from None
-        name, data = _decode_text(text, max_pixels)
+        name, data = decode_text(text, max_pixels)
         return name, BytesIO(data)
     if stat.S_ISDIR(status.st_mode):
         raise UnusableImage(f"cannot be read: {shown(path)} is a folder. Pass the path of an image in it")

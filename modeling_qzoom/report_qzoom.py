@@ -83,6 +83,22 @@ class ZoomReport:
 
         return text_picture(self)
 
+    def to_dict(self, *, maps: bool = False) -> dict[str, Any]:
+        """The report as JSON can hold it.
+
+        Args:
+            maps: also `region_logits` and `heatmap`, as lists of rows.
+        """
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("region_logits", "heatmap"):
+                if maps:
+                    values[entry.name] = None if value is None else value.tolist()
+            else:
+                values[entry.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
     def _repr_html_(self) -> str:
         """What a notebook shows of it."""
         from .report_drawing_qzoom import notebook_html

@@ -11,7 +11,15 @@ from hub_release.checks.contents import check_contents
 from hub_release.checks.weights import check_weights
 from hub_release.repository.code import code_files
 from hub_release.repository.errors import BuildError
-from hub_release.repository.files import AUTO_MAPS, REQUIRED, files_of, is_data, read_json
+from hub_release.repository.files import (
+    AUTO_MAPS,
+    ENDPOINT,
+    ENDPOINT_FILES,
+    REQUIRED,
+    files_of,
+    is_data,
+    read_json,
+)
 
 
 Findings = Iterator[str]
@@ -46,6 +54,9 @@ def check_files(folder: Path) -> Findings:
             yield f"{name} is a link, and only files can be published"
         elif _is_pickle(path):
             yield f"{name} is a pickle, which runs code when it is read; weights are safetensors only"
+        elif name in ENDPOINT_FILES:
+            if path.read_bytes() != (ENDPOINT / name).read_bytes():
+                yield f"{name} is not as in this package; build again with --handler"
         elif name not in code_names and not is_data(name):
             yield f"{name} does not belong in a repository"
         elif path.stat().st_size > LARGEST_FILE:

@@ -22,6 +22,9 @@ AUTO_MAPS: dict[str, dict[str, str]] = {
     "processor_config.json": {"AutoProcessor": "processing_qzoom.QZoomProcessor"},
 }
 LICENCE_FILES = ("LICENSE", "NOTICE")
+# what a hosted endpoint needs beside the model
+ENDPOINT = ROOT / "hub_release" / "endpoint"
+ENDPOINT_FILES = ("handler.py", "requirements.txt")
 # what the names of the base model's licence files begin with
 BASE_LICENCE = "BASE_"
 # folder of what was measured with a checkpoint, one JSON file of each kind

@@ -95,6 +95,8 @@ def query_columns(
 def stack_features(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """One batch of inputs that were processed one by one, each perhaps at a budget of its own; padded on the left.
 
+    Rows with and without images may stand in one batch.
+
     Args:
         features: outputs of the processor for one row each: `input_ids` and other (1, n) tensors, image tensors whose
             first axis runs over patches or images, and lists.
@@ -102,15 +104,21 @@ def stack_features(features: Sequence[dict[str, Any]], pad_token_id: int) -> dic
     """
     length = max(entry["input_ids"].shape[1] for entry in features)
     batch: dict[str, Any] = {}
-    for name, first in features[0].items():
-        values = [entry[name] for entry in features]
-        if isinstance(first, Tensor) and first.shape[:2] == features[0]["input_ids"].shape:
+    for name in dict.fromkeys(name for entry in features for name in entry):
+        values = [entry[name] for entry in features if name in entry]
+        if isinstance(values[0], Tensor) and _is_of_tokens(name, features):
             filler = pad_token_id if name == "input_ids" else 0
+            rows = [entry.get(name, torch.zeros_like(entry["input_ids"])) for entry in features]
             batch[name] = torch.cat(
-                [torch.nn.functional.pad(v, (length - v.shape[1], 0), value=filler) for v in values]
+                [torch.nn.functional.pad(row, (length - row.shape[1], 0), value=filler) for row in rows]
             )
-        elif isinstance(first, Tensor):
+        elif isinstance(values[0], Tensor):
             batch[name] = torch.cat(values)
         else:
             batch[name] = [item for value in values for item in value]
     return batch
+
+
+def _is_of_tokens(name: str, features: Sequence[dict[str, Any]]) -> bool:
+    """Whether a tensor has a value for each token, as far as it is there."""
+    return all(entry[name].shape[:2] == entry["input_ids"].shape for entry in features if name in entry)

@@ -5,7 +5,7 @@ import torch
 
 from modeling_qzoom.asking.chats import chat_of, encode_prompts, query_columns, render, stack_features
 from modeling_qzoom.asking.config import ModelConfig
-from tests.processing_fixtures import PROCESSORS, noise
+from tests.processing_fixtures import PROCESSORS, chat, noise, process
 from tests.tiny import FAMILIES, plain_inputs, tiny_model
 from tests.training.stage_fixtures import budget
 
@@ -83,3 +83,16 @@ def test_rows_of_different_budgets_share_a_batch(family) -> None:
         together = model(**batch, logits_to_keep=1).logits[:, -1]
         alone = [model(**plain_inputs(part), logits_to_keep=1).logits[0, -1] for part in (large, features[1])]
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_with_and_without_images_share_a_batch() -> None:
+    processor = PROCESSORS["qwen2_5_vl"]()
+    with_image = dict(process(processor, chat(noise(80, 60), "what?")))
+    without = dict(processor(text=["hello"]))
+    for features in ([with_image, without], [without, with_image]):
+        batch = stack_features(features, 0)
+        length = with_image["input_ids"].shape[1]
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
+        assert batch["mm_token_type_ids"].shape == (2, length) and len(batch["source_images"]) == 1
+        assert torch.equal(batch["pixel_values"], with_image["pixel_values"])
+        assert batch["attention_mask"].sum(1).tolist() == [each["attention_mask"].sum() for each in features]

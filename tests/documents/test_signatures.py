@@ -53,7 +53,7 @@ SIGNATURES = {
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
         "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, vision=None, "
-        "return_zoom_reports=None, **kwargs)"
+        "return_zoom_reports=None, zoom_reports=None, **kwargs)"
     ),
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modeling_qzoom import ZoomReport
 from tests.families import FAMILY
@@ -210,3 +211,38 @@ def test_overlay(family):
     inputs = one_row(family)
     report = reports_of(family, inputs, **always())[0]
     assert report.overlay(inputs["source_images"][0]).mode == "RGB"
+
+
+class Watcher(StoppingCriteria):
+    def __init__(self):
+        self.known = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.known.append([report.reason for report in self.reports])
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@families
+def test_reports_are_there_before_the_first_word(family):
+    """For a streamer or a stopping criterion; for rows that zoom and for calls that never do."""
+    inputs, options = mixed(family)
+    for call in (options, {"zoom": "never"}):
+        reports, watcher = [], Watcher()
+        watcher.reports = reports
+        criteria = StoppingCriteriaList([watcher])
+        shared_model(family).generate(
+            **inputs, **call, max_new_tokens=2, zoom_reports=reports, stopping_criteria=criteria
+        )
+        assert list(map(repr, reports)) == list(map(repr, reports_of(family, inputs, **call)))
+        assert watcher.known[0] == watcher.known[-1] == [report.reason for report in reports]
+        with pytest.raises(ValueError, match="zoom_reports must be an empty list"):
+            shared_model(family).generate(**inputs, **call, max_new_tokens=1, zoom_reports=reports)
+
+
+def test_a_report_becomes_json():
+    report = reports_of("qwen2_5_vl", one_row("qwen2_5_vl"), **always())[0]
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["reason"] == "forced" and told["box"] == list(report.box) and told["crop_tokens"] > 0
+    assert "heatmap" not in told and "region_logits" not in told
+    assert torch.equal(torch.tensor(report.to_dict(maps=True)["heatmap"]), report.heatmap)
+    assert ZoomReport().to_dict(maps=True)["heatmap"] is None

@@ -10,7 +10,15 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("demo.ablations", "demo.pictures", "demo.recipe", "measure.cost", "measure.memory", "measure.speed")
+MODULES = (
+    "demo.ablations",
+    "demo.pictures",
+    "demo.recipe",
+    "measure.cost",
+    "measure.memory",
+    "measure.serving",
+    "measure.speed",
+)
 
 
 @pytest.mark.parametrize("name", ["build", "verify", "push", "convert_official"])
@@ -28,5 +36,6 @@ def test_modules_that_documents_call_are_there():
     assert named <= set(MODULES)
     for name in MODULES:
         assert find_spec(f"hub_release.{name}") is not None
-        source = (ROOT / "hub_release" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+        place = ROOT / "hub_release" / name.replace(".", "/")
+        source = (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
         assert f"`python -m hub_release.{name}`" in source or f"python -m hub_release.{name} " in source

@@ -1,0 +1,1 @@
+"""The server under load and faults: `python -m hub_release.measure.serving`."""
