@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..rows import Row, Rows
-from .questions import PAGE_KINDS, ask_question, draw_page
+from .pages import PageSettings, named_settings
+from .questions import ask_question, draw_page, page_kinds
 
 
 @dataclass(frozen=True)
@@ -16,35 +17,42 @@ class _DrawnImage:
     split: str
     seed: int
     kind: str
+    settings: PageSettings
 
     def __call__(self) -> Image.Image:
-        return draw_page(self.seed, kind=self.kind, split=self.split).image
+        return draw_page(self.seed, self.settings, self.kind, self.split).image
 
 
-def drawn_rows(split: str, count: int, seed: int) -> Rows:
+def drawn_rows(split: str, count: int, seed: int, pages: str = "plain") -> Rows:
     """Rows about benchmark pages: every page with two questions about details and two that need none.
 
     Args:
         split: split that the pages belong to.
         count: number of rows.
         seed: seed of the pages; other seeds give other pages.
+        pages: name of the pages' settings, see `PAGE_SETTINGS`.
+
+    Raises:
+        ValueError: an unknown split, or settings that do not exist.
     """
+    settings = named_settings(pages)
+    kinds, part = page_kinds(settings), split if pages == "plain" else f"{split}/{pages}"
     rows: list[Row] = []
     number = 0
     while len(rows) < count:
         # far above the seeds of evaluation rows, in case both use one split
         page_seed = 10**15 + seed * 10**7 + number
-        kind = PAGE_KINDS[number % len(PAGE_KINDS)]
+        kind = kinds[number % len(kinds)]
         number += 1
-        page = draw_page(page_seed, kind=kind, split=split)
+        page = draw_page(page_seed, settings, kind, split)
         rng = random.Random(f"rows/{split}/{page_seed}")
         questions = {}
         for question_kind in ("fine", "coarse", "fine", "coarse"):
             question = ask_question(page, question_kind, rng)
             questions[question.text] = question
         for place, question in enumerate(questions.values()):
-            name = f"{split}-{page_seed}"
-            image = _DrawnImage(split, page_seed, kind)
+            name = f"{part.replace('/', '-')}-{page_seed}"
+            image = _DrawnImage(split, page_seed, kind, settings)
             row = Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
             rows.append(row)
-    return Rows(rows[:count], f"drawn/{split}/{count}/{seed}")
+    return Rows(rows[:count], f"drawn/{part}/{count}/{seed}")
