@@ -11,7 +11,8 @@ from transformers import (
 from .configuration_qzoom import QZoomConfig
 from .cost_prediction_qzoom import ZoomCost, zoom_cost
 from .errors_qzoom import CheckpointError, InputError, QZoomError, UnsupportedError
-from .modeling_qzoom import QZoomForConditionalGeneration, QZoomOutput
+from .modeling_outputs_qzoom import QZoomOutput
+from .modeling_qzoom import QZoomForConditionalGeneration
 from .processing_qzoom import QZoomProcessor
 from .report_drawing_qzoom import overlay
 from .report_qzoom import ZoomReport

@@ -82,6 +82,10 @@ class LayerMasks:
                 yield first, last, self.by_layer[first]
                 first = last
 
+    def of(self, layer: int) -> Tensor:
+        """(B, n) mask of a layer."""
+        return self.masks[self.by_layer[layer]]
+
     def repeat(self, times: int) -> "LayerMasks":
         """Every row so many times in a row, as beams want them."""
         return replace(self, masks=tuple(mask.repeat_interleave(times, dim=0) for mask in self.masks))
@@ -209,6 +213,15 @@ def _gather_cached(states: Tensor, columns: Tensor) -> Tensor:
     columns = columns.to(states.device)
     index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
+
+
+def pick_cache(config: PreTrainedConfig, cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """A new cache with all columns of some rows, in the layers that hold any."""
+    part = DynamicCache(config=config)
+    for layer, entry in enumerate(cache.layers):
+        if entry.is_initialized:
+            set_layer_states(part, layer, *(pick(states, rows) for states in layer_states(cache, layer)))
+    return part
 
 
 def take_columns(

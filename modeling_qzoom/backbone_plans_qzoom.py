@@ -6,13 +6,13 @@ Axes: B rows, N columns (tokens) of the hidden states, C and U columns of a segm
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .rows_qzoom import gather, length_mask
+from .rows_qzoom import gather, length_mask, pick
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Segment:
     updated_mask: Tensor
     keeps_padding: bool = False
 
+    def pick(self, rows: Sequence[int]) -> "Segment":
+        """The segment of some rows."""
+        return replace(
+            self,
+            context=pick(self.context, rows),
+            updated=pick(self.updated, rows),
+            context_mask=pick(self.context_mask, rows),
+            updated_mask=pick(self.updated_mask, rows),
+        )
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -44,6 +54,10 @@ class LayerPlan:
     """
 
     segments: tuple[Segment, ...]
+
+    def pick(self, rows: Sequence[int]) -> "LayerPlan":
+        """The plan of some rows."""
+        return LayerPlan(tuple(segment.pick(rows) for segment in self.segments))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -104,6 +118,18 @@ def last_of(plan: LayerPlan) -> LayerPlan:
     (segment,) = plan.segments
     columns, mask = segment.updated, segment.updated_mask
     return LayerPlan((Segment(columns[:, :-1], columns[:, -1:], mask[:, :-1], mask[:, -1:]),))
+
+
+def without_plan(visible: Tensor, absent: Tensor) -> LayerPlan:
+    """The plan of a layer that does not know some tokens; hidden ones are absent too.
+
+    Args:
+        visible: (B, N), 0 on padding and on hidden tokens.
+        absent: (B, N) bool, the tokens that the others do not see.
+    """
+    present = ((visible > 0) & ~absent).tolist()
+    rows = [[column for column, value in enumerate(row) if value] for row in present]
+    return LayerPlan((_padded([([], row) for row in rows], visible.device),))
 
 
 def frozen_plan(visible: Tensor, frozen: Tensor) -> LayerPlan:

@@ -14,6 +14,7 @@ from .backbones_qzoom import BackboneSpec, spec_for_config
 from .configuration_fields_qzoom import as_json, as_vlm_config, checked_statistics
 from .errors_qzoom import CheckpointError, InputError
 from .messages_qzoom import similar
+from .visor_configurations_qzoom import DENSE, check_router, check_visor, is_routed, layer_kinds
 from .zoom_options_qzoom import (
     OPTION_NAMES,
     ZoomOptions,
@@ -101,6 +102,12 @@ class QZoomConfig(PreTrainedConfig):
             Whether the last decoder layer of a prefill, and the gate's, update only the token that is read, and rows
             that begin with the same tokens and image run them once (not with `zoom="never"`). It changes no result
             beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
+        vision (`str`, *optional*, defaults to `"dense"`):
+            Which decoder layers visual tokens take part in: `"dense"` (all of them, the plain model) or the name of a
+            configuration of `visor`; `"auto"`: its router chooses.
+        visor (`dict`, *optional*):
+            VISOR: `{"configurations": {name: letters}}` with one letter a decoder layer, and where a router chooses
+            `"router": {"layer": …, "choices": [names]}`; see `visor_configurations_qzoom`.
         effort (`str`, *optional*):
             Name of the preset that is in force by default; what it sets wins over the fields above.
         presets (`dict[str, dict]`, *optional*):
@@ -166,6 +173,8 @@ class QZoomConfig(PreTrainedConfig):
         keep_share: float = 1.0,
         keep_margin: int = 1,
         skip_unread: bool | None = None,
+        vision: str = "dense",
+        visor: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_misspelt(kwargs)
@@ -197,6 +206,8 @@ class QZoomConfig(PreTrainedConfig):
         self.keep_share = keep_share
         self.keep_margin = keep_margin
         self.skip_unread = skip_unread
+        self.vision = vision
+        self.visor = visor
         self.crop_budget = crop_budget
         self.crop_target_tokens = crop_target_tokens
         self.region_blur = region_blur
@@ -247,6 +258,8 @@ class QZoomConfig(PreTrainedConfig):
             raise CheckpointError(f"presets must be a dict of options by preset name, got {self.presets!r}.")
         try:
             self._check_budget()
+            check_visor(self.visor, num_layers)
+            check_router(self.visor, num_layers)
             self._check_options()
         except InputError as error:  # the same values are a call's there, and a checkpoint's here
             raise CheckpointError(str(error)) from error
@@ -259,6 +272,11 @@ class QZoomConfig(PreTrainedConfig):
         validate_options(options, mrope=mrope)
         self.presets = check_presets(self.presets, options, mrope=mrope)
         find_preset(self.effort, self.presets)
+        for name in (holder.get("vision") or DENSE for holder in (vars(self), *self.presets.values())):
+            if not isinstance(name, str):
+                raise CheckpointError(f"vision must be the name of one configuration, got {name!r}.")
+            if not is_routed(self.visor, name):
+                layer_kinds(self.visor, name)
 
     def _check_budget(self) -> None:
         for name in ("min_tokens", "max_tokens"):

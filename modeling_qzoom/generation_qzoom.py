@@ -21,6 +21,7 @@ from .generation_refusals_qzoom import check_padding, refuse_batched_images
 from .plain_prefill_qzoom import plain_prefill
 from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
+from .visor_router_qzoom import Visor
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_page_call_qzoom import QZoomPageMixin
 from .zoom_prefill_qzoom import zoom_prefill
@@ -37,6 +38,7 @@ class QZoomGenerationMixin(QZoomPageMixin, GenerationMixin):
     config: QZoomConfig
     vlm: PreTrainedModel
     zoom: ZoomBranches
+    visor: Visor | None
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         # the VLM's own method keeps rope_deltas on the module, where a second thread would read them; ours travel with

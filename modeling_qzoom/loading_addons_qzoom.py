@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from .errors_qzoom import CheckpointError
 from .hub_qzoom import hub_keywords
 from .loading_fingerprints_qzoom import FINGERPRINT, check_base, check_base_weights
+from .loading_names_qzoom import OWN_WEIGHTS
 from .loading_weight_files_qzoom import INDEX, WEIGHTS, files_in_index, tensor_names
 from .messages_qzoom import one_line
 
@@ -28,7 +29,7 @@ def holds_only_branches(checkpoint_files: list[str]) -> bool:
     for file in checkpoint_files:
         if not file.endswith(".safetensors"):
             return False
-        if any(not key.startswith("zoom.") for key in tensor_names(file)):
+        if any(not key.startswith(OWN_WEIGHTS) for key in tensor_names(file)):
             return False
     return True
 
@@ -99,7 +100,7 @@ def with_base_files(model: PreTrainedModel, checkpoint_files: list[str], load_co
     weight_map: dict[str, str] = {}
     for file in files:
         keys = tensor_names(file)
-        if file not in checkpoint_files and any(key.startswith("zoom.") for key in keys):
+        if file not in checkpoint_files and any(key.startswith(OWN_WEIGHTS) for key in keys):
             raise CheckpointError(
                 f"the base model {base!r} is itself a Q-Zoom checkpoint, whose branches would replace the add-on's. "
                 "Name the plain VLM, or load that checkpoint as it is."

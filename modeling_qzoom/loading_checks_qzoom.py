@@ -11,6 +11,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from .configuration_qzoom import QZoomConfig, own_fields
 from .errors_qzoom import CheckpointError, InputError
 from .hub_qzoom import hub_keywords
+from .loading_names_qzoom import OWN_WEIGHTS
 from .messages_qzoom import similar
 
 
@@ -92,7 +93,7 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         ("mismatched_keys", "holds wrongly shaped"),
     ):
         keys = [key[0] if isinstance(key, tuple) else key for key in info[kind]]
-        wrong = sorted(key for key in keys if key.startswith("zoom."))
+        wrong = sorted(key for key in keys if key.startswith(OWN_WEIGHTS))
         if wrong:
             raise CheckpointError(
                 f"{name} {meaning} branch weights, so its branches would be random or incomplete: "
@@ -108,6 +109,6 @@ def check_vlm_complete(name: str, info: dict[str, Any]) -> None:
     Raises:
         CheckpointError: weights of the VLM are missing.
     """
-    lost = sorted(key for key in info["missing_keys"] if not key.startswith("zoom."))
+    lost = sorted(key for key in info["missing_keys"] if not key.startswith(OWN_WEIGHTS))
     if lost:
         raise CheckpointError(f"{name} lacks {len(lost)} weights of the VLM, e.g. {lost[0]}; they would be random.")

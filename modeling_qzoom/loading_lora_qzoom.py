@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, is_peft_available
 
 from .errors_qzoom import CheckpointError
+from .loading_names_qzoom import OWN_WEIGHTS
 from .loading_quantized_qzoom import execution_device
 from .loading_weight_files_qzoom import ADAPTER_WEIGHTS, check_weight_files
 
@@ -100,7 +101,7 @@ def lora_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], Any] | None:
             "the LoRA adapter is merged; call unmerge_adapter() first, or save_pretrained everything."
         )
     weights = get_peft_model_state_dict(owner, adapter_name=adapter, save_embedding_layers=False)
-    whole = sorted(name for name in weights if "lora_" not in name and not f"{prefix}{name}".startswith("zoom."))
+    whole = sorted(name for name in weights if "lora_" not in name and not f"{prefix}{name}".startswith(OWN_WEIGHTS))
     if whole:
         raise CheckpointError(
             f"the adapter also trains whole weights of the VLM ({whole[0]}, …), which an add-on does not hold: merge "

@@ -9,6 +9,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import PreTrainedModel
 
 
+# what the names of weights begin with that no plain VLM has: branches, and the router of VISOR
+OWN_WEIGHTS = ("zoom.", "visor.")
+
+
 def with_own_names(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Weights under the names that the model itself has for them, as `from_pretrained` would find them.
 

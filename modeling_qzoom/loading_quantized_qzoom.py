@@ -8,6 +8,7 @@ Whatever a recipe's skip list says, these layers stay in 16 bit as well:
 - `zoom.gate.head`: a single row, so nothing is saved, and its logit is held against a threshold.
 - `zoom.region.scorer`: the products of its queries and keys are the heat map, which is held against a threshold;
   rounding them moves boxes.
+- `visor`: the router of VISOR, whose logits are compared with each other.
 
 Put the vision tower on the skip list too (`llm_int8_skip_modules=["model.visual"]`, LLaVA: `"model.vision_tower"` and
 `"model.multi_modal_projector"`; names of the plain VLM): small print reaches the decoder through it alone. 4-bit
@@ -28,19 +29,20 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from .errors_qzoom import UnsupportedError
+from .loading_names_qzoom import OWN_WEIGHTS
 
 
 # never quantized: a one-row head, query and key projections whose products are thresholded, and the output embedding
-UNQUANTIZED = ("lm_head", "zoom.gate.head", "zoom.region.scorer")
+UNQUANTIZED = ("lm_head", "zoom.gate.head", "zoom.region.scorer", "visor")
 # fresh branches are to be trained, so none of their weights is quantized
-UNQUANTIZED_FRESH = ("lm_head", "zoom")
+UNQUANTIZED_FRESH = ("lm_head", "zoom", "visor")
 # bitsandbytes' name for the list of skipped modules, and that of the other methods
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def _with_vlm_prefix(names: list[str]) -> list[str]:
     """Names that a caller knows from the plain VLM hold below `vlm.` as well."""
-    prefixed = [f"vlm.{name}" for name in names if not name.startswith(("vlm.", "zoom."))]
+    prefixed = [f"vlm.{name}" for name in names if not name.startswith(("vlm.", *OWN_WEIGHTS))]
     return [*names, *prefixed]
 
 
@@ -217,4 +219,4 @@ def adopt_placement(model: PreTrainedModel, vlm: PreTrainedModel, device: torch.
 
 def vlm_recipe(quantization_config: Any) -> Any:
     """A pre-quantized base's recipe in the form that an add-on on it needs: its branches are stored in 16 bit."""
-    return protect_from_quantization(quantization_config, ("zoom",))
+    return protect_from_quantization(quantization_config, ("zoom", "visor"))

@@ -41,6 +41,7 @@ from .loading_quantized_qzoom import (
 from .loading_weight_files_qzoom import check_weight_files, damage_named
 from .saving_addons_qzoom import write_addon
 from .saving_qzoom import FULL, check_target, staged
+from .visor_router_qzoom import visor_of
 from .zoom_branches_qzoom import GateBranch, RegionBranch, ZoomBranches
 from .zoom_options_qzoom import NEW_CHECKPOINT
 
@@ -192,6 +193,8 @@ class QZoomLoadingMixin(_Base):
         model.vlm = vlm
         dtype = vlm.dtype if vlm.dtype.is_floating_point else torch.bfloat16
         model.zoom = ZoomBranches(config, decoder, config.backbone).to(device, dtype)
+        visor = visor_of(config, decoder)
+        model.visor = None if visor is None else visor.to(device, dtype)
         layers = decoder.layers[config.branch_layer : config.branch_layer + config.branch_depth]
         if model.zoom.gate is not None:
             start_gate(model.zoom.gate, layers, config.get_text_config().initializer_range)

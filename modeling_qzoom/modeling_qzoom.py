@@ -1,7 +1,7 @@
 """Q-Zoom around any supported vision-language model: wiring, `forward` and `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from types import MethodType
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -24,54 +23,19 @@ from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
 from .loading_names_qzoom import with_own_names
 from .loading_qzoom import QZoomLoadingMixin
+from .modeling_outputs_qzoom import QZoomOutput
 from .report_qzoom import ZoomReport
 from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
+from .visor_router_qzoom import visor_of
+from .visor_training_qzoom import check_sparse_call, sparse_language_pass
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
 from .zoom_pages_qzoom import Page
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
-
-
-@dataclass(init=False)
-class QZoomOutput(CausalLMOutputWithPast):
-    """What `forward` returns: the parent's fields, of which transformers chooses the cache's name, and the branches'.
-
-    Whatever else the VLM returns (`image_outputs`, `video_outputs`, …) stands beside them under its own name.
-
-    Args:
-        loss (`torch.FloatTensor`, *optional*): language loss, or region loss + gate loss.
-        logits (`torch.FloatTensor`, *optional*): (B, n, vocabulary); None in a branch pass.
-        past_key_values (`Cache`, *optional*): the cache, if one was used. From transformers 5.24 on the field
-            is `cache`, and this name reads it.
-        hidden_states (`tuple`, *optional*): as the VLM returns them.
-        attentions (`tuple`, *optional*): as the VLM returns them.
-        region_loss (`torch.FloatTensor`, *optional*): BCE over labelled cells.
-        gate_loss (`torch.FloatTensor`, *optional*): BCE over labelled rows.
-        region_logits (`list[list[torch.FloatTensor]]`, *optional*): per row and image, (Q, h, w) float32.
-        gate_logits (`torch.FloatTensor`, *optional*): (B,) float32.
-    """
-
-    region_loss: torch.FloatTensor | None = None
-    gate_loss: torch.FloatTensor | None = None
-    region_logits: list[list[torch.FloatTensor]] | None = None
-    gate_logits: torch.FloatTensor | None = None
-
-    def __init__(self, *args: Any, **values: Any) -> None:
-        # any name, because DistributedDataParallel takes an output apart and builds it again
-        values = {**dict(zip((field.name for field in fields(self)), args)), **values}
-        parents = {"past_key_values", *(field.name for field in fields(CausalLMOutputWithPast))}
-        super().__init__(**{name: value for name, value in values.items() if name in parents})
-        for name, value in values.items():
-            if name not in parents and value is not None:
-                self[name] = value
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, with the encoders' outputs as tuples too, as the VLM returns them."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class QZoomPreTrainedModel(PreTrainedModel):
@@ -100,6 +64,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         decoder = self.vlm.get_decoder()
         check_decoder(decoder)
         self.zoom = ZoomBranches(config, decoder, config.backbone)
+        self.visor = visor_of(config, decoder)
         self.post_init()
 
     # `base_model_prefix` drives loading; generate and trainers want the headless model
@@ -180,9 +145,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         source_boxes: Any = None,
         zoom_boxes: Sequence[Any] | None = None,
         cache: Cache | None = None,
+        vision: str | None = None,
         **kwargs: Any,
     ) -> QZoomOutput:
-        """One pass: plain, over a branch, or over the fused sequence.
+        """One pass: plain, over a branch, over the fused sequence, or under a configuration of VISOR.
 
         - Without targets or labels it is the VLM's own forward, bit for bit. Sources are ignored, so that whatever a
           processor returned can be passed; a loss that is computed outside, from logits alone, is one of the coarse
@@ -191,6 +157,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
           Sources are ignored here too.
         - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
           inserted positions are -100; the box carries no gradient.
+        - With `vision`, rows run as `generate` runs them under that configuration, on the coarse view.
 
         Weights that a pass leaves out (branches with labels, layers above K with targets) get no gradient from it.
         Under DistributedDataParallel it is zero, so a weight decay shrinks them there: freeze what is not trained.
@@ -212,6 +179,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
                 them.
             zoom_boxes: per row a box (x0, y0, x1, y1) in source pixels, a pair (image in the row, box), or None for a
                 plain row. Left out, the region branch proposes the boxes.
+            vision: `"dense"` or a configuration of the checkpoint, for the whole batch.
 
         Raises:
             InputError: targets together with labels, an argument that this pass would not obey, a misspelt name of
@@ -220,7 +188,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         check_names(kwargs)
         check_combination(labels, region_targets, gate_targets, query_positions, zoom_boxes)
         cache = given_cache(past_key_values, cache)
-        vision = {
+        visual = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
             "pixel_values_videos": pixel_values_videos,
@@ -229,23 +197,30 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             "mm_encoder_outputs": mm_encoder_outputs,
             "second_per_grid_ts": second_per_grid_ts,
         }
-        vision = {name: value for name, value in vision.items() if value is not None}
+        visual = {name: value for name, value in visual.items() if value is not None}
         has_targets = region_targets is not None or gate_targets is not None
-        if has_targets or (labels is not None and (source_images is not None or zoom_boxes is not None)):
+        has_sources = source_images is not None or zoom_boxes is not None
+        if vision is not None:
+            check_sparse_call(vision, has_targets, has_sources)
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
+            items = kwargs.get("num_items_in_batch")
+            loss, logits = sparse_language_pass(self, ids, attention_mask, visual, labels, vision, items)
+            return self._with_branches(QZoomOutput(loss=loss, logits=logits))
+        if has_targets or (labels is not None and has_sources):
             ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
             if labels is None:
                 targets = region_targets, gate_targets, query_positions
-                return QZoomOutput(**branch_pass(self, ids, attention_mask, vision, *targets))
+                return QZoomOutput(**branch_pass(self, ids, attention_mask, visual, *targets))
             sources = source_images, source_boxes, zoom_boxes
             items = kwargs.get("num_items_in_batch")
-            loss, logits = fused_language_pass(self, ids, attention_mask, vision, labels, *sources, items)
+            loss, logits = fused_language_pass(self, ids, attention_mask, visual, labels, *sources, items)
             return self._with_branches(QZoomOutput(loss=loss, logits=logits))
         layer_masks = notes_of(cache).layer_masks
         if layer_masks is not None and cache is not None:
             return self._planned_step(input_ids, position_ids, cache, layer_masks, logits_to_keep)
         offset = None
         if position_ids is None and input_ids is not None:
-            position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, vision)
+            position_ids, offset = self._forward_positions(input_ids, attention_mask, cache, visual)
         outputs = self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -256,7 +231,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             logits_to_keep=logits_to_keep,
             return_dict=True,
             **{CACHE: cache},
-            **vision,
+            **visual,
             **kwargs,
         )
         if offset is not None and outputs.get(CACHE) is not None:
@@ -321,6 +296,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         keep_share: float | None = None,
         keep_margin: int | None = None,
         skip_unread: bool | None = None,
+        vision: str | Sequence[str] | None = None,
         return_zoom_reports: bool | None = None,
         zoom_reports: list[ZoomReport] | None = None,
         page: Page | Sequence[Page | None] | None = None,
@@ -347,6 +323,8 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
             skip_unread: runs no layer for tokens that nobody reads, and what rows share once; changes only rounding.
+            vision: `"dense"`, or a configuration of the checkpoint: which layers visual tokens take part in (VISOR).
+                A list names one for every row.
             crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
             crop_target_tokens: up to how many tokens the last two enlarge a region.
             region_blur: `"fixed"`, or `"grid"`: wider on larger grids.

@@ -45,6 +45,7 @@ class ZoomReport:
         coarse_tokens: visual tokens of the row's prompt.
         crop_tokens: visual tokens of the crop, 0 without one.
         grid_box: rectangle of source pixels that the map covers; None for the whole image.
+        vision: the configuration of VISOR that the row ran under; "dense" for the plain layers.
         has_gate: whether the checkpoint has a gate, which tells zoom="always" from a checkpoint without one; None if
             not recorded. A fact about the model, not about the row, so reports compare without it.
         empty_rule: the option whose rule left an `empty_map` without a region: `region_threshold` (no cell above it),
@@ -63,6 +64,7 @@ class ZoomReport:
     grid_box: Rectangle | None = None
     has_gate: bool | None = field(default=None, compare=False)
     empty_rule: str | None = None
+    vision: str = "dense"
 
     def __repr__(self) -> str:
         """One line: what differs from a row that nobody looked at, tensors by their shape."""

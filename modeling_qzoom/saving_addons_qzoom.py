@@ -80,15 +80,20 @@ def _changed_weights(vlm: nn.Module, reference: nn.Module) -> list[str]:
 
 
 def branch_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The branches' own weights, dense, under the names of a model without an adapter."""
+    """The branches' and the router's weights, dense, under the names of a model without an adapter."""
+    state = _own_state(model.zoom, "zoom", model.dtype)
+    return state if model.visor is None else {**state, **_own_state(model.visor, "visor", model.dtype)}
+
+
+def _own_state(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, weight in dense_state(model.zoom, model.dtype).items():
+    for name, weight in dense_state(module, dtype).items():
         name = name.replace(".base_layer.", ".")
         if "lora_" in name or name.startswith("original_module."):
             continue
         if name.startswith("modules_to_save."):  # peft's copy that is trained, by adapter
             name = name.split(".", 2)[2]
-        state[f"zoom.{name}"] = weight.contiguous()
+        state[f"{prefix}.{name}"] = weight.contiguous()
     return state
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors_qzoom import CheckpointError
+from .loading_names_qzoom import OWN_WEIGHTS
 from .loading_weight_files_qzoom import tensor_names
 
 
@@ -61,9 +62,9 @@ def what_is_in(folder: Path) -> str | None:
     names = _stored_tensors(folder)
     if not names:  # a damaged file beside our own configuration is what an earlier save left
         return None if names is None or config.exists() else "weights that cannot be read"
-    if not any(name.startswith("zoom.") for name in names):
+    if not any(name.startswith(OWN_WEIGHTS) for name in names):
         return "the weights of another model"
-    return ADDON if all(name.startswith("zoom.") for name in names) else FULL
+    return ADDON if all(name.startswith(OWN_WEIGHTS) for name in names) else FULL
 
 
 def check_target(folder: str | os.PathLike[str], kind: str, bases: Iterable[str | None] = ()) -> None:

@@ -11,7 +11,7 @@ from .zoom_options_qzoom import SETTING_NAMES
 
 
 # the arguments of `forward` that no plain VLM has
-_OWN = ("region_targets", "gate_targets", "query_positions", "source_images", "source_boxes", "zoom_boxes")
+_OWN = ("region_targets", "gate_targets", "query_positions", "source_images", "source_boxes", "zoom_boxes", "vision")
 _SIMILAR = 0.85  # `gate_target` and `zoom_bboxes` are closer than that to a name of ours, `image_sizes` is not
 _PASS = "a pass with region_targets, gate_targets or fused labels"
 

@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_qzoom import QZoomConfig
+from .visor_router_qzoom import Visor
 from .zoom_branches_qzoom import ZoomBranches
 
 
@@ -18,12 +19,14 @@ class ZoomModel(Protocol):
         config: configuration of the whole model.
         vlm: the wrapped VLM, an unchanged class of transformers.
         zoom: the branches.
+        visor: the router of VISOR, None without one.
         generation_config: defaults of `generate`.
     """
 
     config: QZoomConfig
     vlm: PreTrainedModel
     zoom: ZoomBranches
+    visor: Visor | None
     generation_config: GenerationConfig | None
 
     def get_input_embeddings(self) -> nn.Module:

@@ -45,6 +45,7 @@ class ZoomOptions:
     keep_share: float = 1.0
     keep_margin: int = 1
     skip_unread: bool | None = None
+    vision: str | Sequence[str] = "dense"
 
     @property
     def skips_unread(self) -> bool:
@@ -201,6 +202,9 @@ def validate_options(options: ZoomOptions, *, mrope: bool) -> None:
         raise InputError(f"keep_margin must be a whole number of cells, 0 or more, got {shown(options.keep_margin)}.")
     if options.skip_unread is not None and not isinstance(options.skip_unread, bool):
         raise InputError(f"skip_unread must be True, False or None, got {shown(options.skip_unread)}.")
+    names = [options.vision] if isinstance(options.vision, str) else options.vision
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"vision must be a name, or one name a row, got {shown(options.vision)}.")
     if options.position_alignment is not None:
         _check_choice("position_alignment", options.position_alignment, ALIGNMENTS)
         if options.position_alignment == "continuous" and not mrope:

@@ -19,6 +19,7 @@ from .generation_refusals_qzoom import (
 )
 from .prompt_checks_qzoom import check_ids, check_mask, check_prompt
 from .source_images_qzoom import SourceInput
+from .visor_configurations_qzoom import by_row, is_routed, layer_kinds
 from .zoom_crops_qzoom import crop_recipe
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
@@ -84,8 +85,9 @@ def plan_zoom(
         page = None
     if page is not None and (input_ids is None or embeds is not None):
         raise InputError("page: which tokens a prompt begins with is seen from input_ids only; pass them.")
+    sparse = _sparse_rows(model, options, input_ids, page)
     is_plain = options.zoom == "never" and page is None
-    if is_plain and (not options.skip_unread or input_ids is None or embeds is not None):
+    if is_plain and (not (options.skip_unread or sparse) or input_ids is None or embeds is not None):
         return None
     if input_ids is None:
         if embeds is not None:
@@ -116,6 +118,33 @@ def plan_zoom(
     return _with_beginnings(model, request, page, input_ids, mask, kwargs)
 
 
+def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any, page: Any) -> bool:
+    """Whether a row is answered under a configuration of VISOR.
+
+    Raises:
+        InputError: a configuration that the checkpoint does not have, or names for another number of rows.
+        UnsupportedError: together with zooming or a page, or with embeddings, which hide where visual tokens are.
+    """
+    names = by_row(options.vision, 1 if input_ids is None else len(input_ids))
+    visor = model.config.visor
+    sparse = any(is_routed(visor, name) or layer_kinds(visor, name) is not None for name in names)
+    if sparse and options.zoom != "never":
+        raise UnsupportedError(
+            f"vision={options.vision!r} does not go with zoom={options.zoom!r} yet; pass zoom='never', or "
+            "vision='dense'."
+        )
+    if sparse and page is not None:
+        raise UnsupportedError(
+            f"vision={options.vision!r} does not go with a page, which was read by all layers; leave the page out, or "
+            "pass vision='dense'."
+        )
+    if sparse and input_ids is None:
+        raise UnsupportedError(
+            f"vision={options.vision!r} must know where visual tokens are; pass input_ids, or vision='dense'."
+        )
+    return sparse
+
+
 def _plain_request(
     model: ZoomModel,
     options: ZoomOptions,
@@ -125,7 +154,9 @@ def _plain_request(
     kwargs: dict[str, Any],
 ) -> ZoomRequest:
     """The request of a call that does not zoom but has tokens left out that nobody reads."""
-    refuse_unsupported(args, configs, kwargs, "Without skip_unread=True the plain model decides about it.")
+    refuse_unsupported(
+        args, configs, kwargs, "With vision='dense' and without skip_unread=True the plain model decides."
+    )
     refuse_learned_prompt(model)
     adapters = row_adapters(model, len(input_ids), _repeats(configs, kwargs))
     options = _under_adapters(options, adapters)

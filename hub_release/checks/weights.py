@@ -58,7 +58,7 @@ def _is_packed(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 def _check_names(info: dict[str, Any], variant: str) -> Iterator[str]:
     """Weights that are missing, and those that the model has no place for."""
-    for part, what in (("zoom.", "branch weights"), ("vlm.", "weights of the VLM")):
+    for part, what in (("zoom.", "branch weights"), ("visor.", "weights of VISOR"), ("vlm.", "weights of the VLM")):
         missing = sorted(name for name in info["missing_keys"] if name.startswith(part))
         if missing and not (variant == "addon" and part == "vlm."):
             yield f"{what} are missing: {_some(missing)}"

@@ -73,7 +73,7 @@ def tensor_bytes(tensors: dict[str, StoredTensor]) -> int:
 
 def variant_of(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> str:
     """Which kind of repository this is: "addon" (branches only), "4bit", "8bit" or "full"."""
-    if tensors and all(name.startswith("zoom.") for name in tensors):
+    if tensors and all(name.startswith(("zoom.", "visor.")) for name in tensors):
         return "addon"
     recipe = config.get("quantization_config")
     if not recipe:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.measuring.hollow import counted_flops, hollow_model
 from modeling_qzoom.measuring.questions import crop_options, question_inputs
 from tests.measuring.test_rows import TEXT, setting_of
@@ -13,9 +12,6 @@ from tests.tiny import FAMILIES
 QUESTIONS = 10
 
 
-@pytest.mark.skipif(
-    not hasattr(QZoomForConditionalGeneration, "read_page"), reason="this version cannot read a page once"
-)
 @pytest.mark.parametrize("gate", ["full", "light"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_about_one_page_cost_the_closed_form(family, gate):

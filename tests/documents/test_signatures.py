@@ -69,7 +69,7 @@ SIGNATURES = {
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
-        "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, "
+        "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, vision=None, "
         "return_zoom_reports=None, zoom_reports=None, page=None, **kwargs)"
     ),
     "read_page": (
@@ -82,7 +82,7 @@ SIGNATURES = {
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "
         "pixel_values_videos=None, video_grid_thw=None, mm_token_type_ids=None, logits_to_keep=0, "
         "mm_encoder_outputs=None, second_per_grid_ts=None, region_targets=None, gate_targets=None, "
-        "query_positions=None, source_images=None, source_boxes=None, zoom_boxes=None, cache=None, "
+        "query_positions=None, source_images=None, source_boxes=None, zoom_boxes=None, cache=None, vision=None, "
         "**kwargs)"
     ),
     "from_backbone": "(vlm, *, branch_layer, branch_depth=3, has_gate=True, zoom_config=None, **kwargs)",
@@ -100,7 +100,8 @@ SIGNATURES = {
         "presets=None, min_tokens=None, max_tokens=None, image_mean=None, image_std=None, "
         "base_model_name_or_path=None, base_model_revision=None, lora_subfolder=None, crop_budget='fixed', "
         "crop_target_tokens=None, region_blur='fixed', region_min_peak=0.0, region_min_contrast=0.0, "
-        "gate_branch='full', region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, **kwargs)"
+        "gate_branch='full', region_branch='full', keep_share=1.0, keep_margin=1, skip_unread=None, "
+        "vision='dense', visor=None, **kwargs)"
     ),
     "QZoomProcessor": (
         "(image_processor=None, tokenizer=None, chat_template=None, backbone_model_type='qwen2_5_vl', "
@@ -130,6 +131,7 @@ FIELDS = {
         "grid_box",
         "has_gate",
         "empty_rule",
+        "vision",
     ],
     "QZoomOutput": [
         "loss",
@@ -159,6 +161,7 @@ FIELDS = {
         "keep_share",
         "keep_margin",
         "skip_unread",
+        "vision",
     ],
 }
 # what transformers names in its own way from version to version
