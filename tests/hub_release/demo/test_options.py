@@ -28,4 +28,4 @@ def test_every_arm_is_measured_under_its_options(tmp_path, monkeypatch) -> None:
         validate_options(ZoomOptions(**given), mrope=True)
     lines = options.markdown(results).splitlines()
     assert len(lines) == 2 + len(options.ARMS) + 2
-    assert lines[2].startswith("| all tokens in all layers | 0.125 (0.500 – 0.750) | 0.125 |")
+    assert lines[2].startswith("| every token in every layer | 0.125 (0.500 – 0.750) | 0.125 |")
