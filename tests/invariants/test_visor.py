@@ -8,6 +8,7 @@ import torch
 from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.backbone_layers_qzoom import causal_mask, rotary, run_layers
 from modeling_qzoom.zoom_coarse_qzoom import coarse_view
+from tests.invariants.test_flops import ROW, ClosedForm, count_flops, large_inputs, large_model
 from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs, tiny_model
 from tests.training.test_forward_fused import with_answers
 
@@ -244,3 +245,24 @@ def routed(**router) -> dict:
 def test_a_bad_configuration_is_named(visor, message):
     with pytest.raises(ValueError, match=message):
         tiny_model("qwen2_5_vl", visor=visor)
+
+
+@families
+@pytest.mark.parametrize("kinds", ["SSSSSSRR", "SRRRRRRR", "SRTRTTRT", "TTTTTTTT"])
+def test_a_configuration_costs_its_closed_form(family, kinds):
+    """Nothing is computed for tokens that a layer leaves out, and keys and values alone for those that are read."""
+    model, inputs = large_model(family), large_inputs(family, [ROW])
+    model.config.visor = {"configurations": {"sparse": kinds}}
+    form = ClosedForm(model, inputs, {})
+    segments = {
+        "S": [(0, form.prompt)],
+        "R": [(0, form.before), (form.visual, form.after)],
+        "T": [(0, form.before + form.after)],
+    }
+    last = form.before + form.after if kinds[-1] == "T" else form.prompt
+    layers = [segments[kind] for kind in kinds[:-1]] + [[(last - 1, 1)]]
+    expected = sum(map(form.layer, layers)) + form.head()
+    features = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    tower = count_flops(lambda: model.vlm.get_image_features(**features))
+    counted = count_flops(lambda: model.generate(**inputs, zoom="never", vision="sparse", max_new_tokens=1))
+    assert abs(counted - tower - expected) <= 0.002 * expected

@@ -5,8 +5,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from modeling_qzoom import QZoomForConditionalGeneration
-from tests.loading_fixtures import CLOSE, VISION, ZOOM_CONFIG, answer, perturb_branches, plain_folder
-from tests.tiny import FAMILIES, Row, make_inputs
+from tests.loading_fixtures import CLOSE, VISION, ZOOM_CONFIG, answer, edit_weights, perturb_branches, plain_folder
+from tests.tiny import FAMILIES, Row, make_inputs, plain_inputs
 
 
 load = QZoomForConditionalGeneration.from_pretrained
@@ -35,6 +35,31 @@ def test_a_checkpoint_answers_as_it_did_before_it_was_saved(attached, tmp_path):
         loaded = load(tmp_path / folder)
         assert {name: getattr(loaded.config, name) for name in PLANS} == PLANS
         assert answer(loaded, family).difference(expected) < CLOSE
+
+
+def test_a_router_comes_back_with_its_checkpoint(attached, tmp_path):
+    """In full checkpoints and add-ons; a checkpoint that lacks its weights is refused."""
+    family, model = attached
+    visor = {"configurations": {"upper": "SSSSRR"}, "router": {"layer": 2, "choices": ["dense", "upper"]}}
+    base = model.config.base_model_name_or_path
+    routed = QZoomForConditionalGeneration.from_backbone(
+        base, branch_layer=3, branch_depth=2, zoom_config={"visor": visor}
+    )
+    inputs = plain_inputs(make_inputs(family, [Row(["hello ", None, " what?"], [(4, 5)], seed=3)]))
+    options = {"zoom": "never", "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    expected = routed.generate(**inputs, vision="auto", **options)
+    routed.save_pretrained(tmp_path / "full")
+    routed.save_addon(tmp_path / "addon")
+    for folder in ("full", "addon"):
+        loaded = load(tmp_path / folder)
+        assert all(
+            torch.equal(a, b) for a, b in zip(loaded.visor.parameters(), routed.visor.parameters(), strict=True)
+        )
+        answered = loaded.generate(**inputs, vision="auto", **options)
+        assert all((a - b).abs().max() < CLOSE for a, b in zip(answered.logits, expected.logits, strict=True))
+        edit_weights(tmp_path / folder, drop="visor.router.outer")
+        with pytest.raises(ValueError, match="lacks branch weights"):
+            load(tmp_path / folder)
 
 
 def test_a_4_bit_model_answers_as_one_with_the_same_rounded_weights(attached, tmp_path):
