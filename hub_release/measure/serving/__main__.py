@@ -40,7 +40,7 @@ from hub_release.measure.serving.throughput import compared, talkative
 
 
 DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "qzoom-demo"
-CONCURRENCY, LONG_TOKENS = 32, 64
+CONCURRENCY, LONG_TOKENS = 32, 128
 # 32 bit: there a row's answer does not depend on its company
 FLAGS = ("--dtype", "float32", "--gpus", "0")
 
@@ -79,7 +79,7 @@ def _load(server: Server, plan: Plan) -> dict[str, Any]:
 
 
 def _throughput(server: Server, plan: Plan) -> dict[str, Any]:
-    asked = plan.repeated(96)
+    asked = plan.repeated(48)
     short = compared(server.address, asked, CONCURRENCY)
     asked = [Asked({**each.body, "max_tokens": LONG_TOKENS}) for each in asked]
     with tempfile.TemporaryDirectory() as scratch:
