@@ -119,6 +119,7 @@ class Worker:
             began = time.monotonic()
             self._run_jobs(batch)
             self.queue.took(time.monotonic() - began)
+            del batch  # or its images would stay until the next one comes
 
     def _run_jobs(self, jobs: list[Job]) -> None:
         """Runs a batch. Where it fails as a whole, those who have no word yet are asked again, each alone."""
