@@ -65,13 +65,15 @@ def run_batch(session: Session, jobs: list[Job]) -> None:
     options: dict[str, Any] = {}
     if any(draw.temperature > 0 for draw in draws) or len(rows[0].draws) > 1:
         # generate repeats its rows only where it draws; the sampler leaves it one word to draw from
-        options = {"do_sample": True, "num_return_sequences": len(rows[0].draws)}
+        options = {"do_sample": True}
         options["logits_processor"] = LogitsProcessorList([RowSampler(draws, session.device)])
     watcher = RowWatcher(jobs, reports, end_tokens(model.generation_config))
     model.generate(
         **join_rows(session, rows),
         **{"do_sample": False, **options},
         **vars(rows[0].options),
+        num_beams=1,
+        num_return_sequences=len(rows[0].draws),
         max_new_tokens=max(row.max_new_tokens for row in rows),
         pad_token_id=session.processor.tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList([watcher]),

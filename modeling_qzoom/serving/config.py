@@ -45,7 +45,7 @@ class BatchOptions(BaseModel):
 
     batch_rows: int = Field(16, ge=1, description="most answers of one batch; those of `n` count each")
     batch_tokens: int = Field(65536, ge=1, description="most tokens of one batch, rows times the longest of them")
-    batch_wait: float = Field(0.005, ge=0, description="seconds that a batch waits for company where nothing runs")
+    batch_wait: float = Field(0.005, ge=0, description="seconds that a batch waits for others; tenfold for known ones")
     queue_rows: int = Field(64, ge=1, description="most answers that wait in a replica; beyond it 503 is answered")
     queue_mib: float = Field(4096.0, gt=0, description="most memory of prompts that wait in a replica, in MiB")
     request_seconds: float = Field(120.0, gt=0, description="seconds after which a request is given up")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayError
@@ -33,8 +33,9 @@ class Replica:
 
     async def answer(self, prompt: Prompt) -> AsyncIterator[Event]:
         """Events of one request."""
-        async for event in self._worker.answer(prompt):
-            yield event
+        async with aclosing(self._worker.answer(prompt)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
 
     async def is_well(self) -> bool:
         """Whether the model answers."""

@@ -1,6 +1,7 @@
 """A prompt as the model takes it, prepared alone, so that bad input is its sender's alone; and rows of one batch."""
 
 import base64
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from torch import Tensor
 from .. import ZoomReport
 from ..asking.chats import stack_features
 from ..asking.session import Session
+from ..backbone_grids_qzoom import FixedGrid
+from ..backbones_qzoom import token_grid_of
 from ..errors_qzoom import InputError
 from ..messages_qzoom import one_line
 from ..source_images_qzoom import SourceImages
@@ -104,6 +107,14 @@ def _encode(session: Session, prompt: Prompt, most_pixels: int) -> dict[str, Any
     return dict(session.processor(images=[images] if images else None, text=[text], min_tokens=low, max_tokens=high))
 
 
+def _largest_crop(session: Session, prompt: Prompt, options: ZoomOptions) -> int:
+    """Most tokens that a crop may have; without a budget of its own it has that of the coarse view."""
+    grid = token_grid_of(session.model.config.vlm_config)
+    if isinstance(grid, FixedGrid):
+        return math.prod(grid.token_grid)
+    return options.crop_max_tokens or prompt.budget.get("max_tokens") or session.processor.max_tokens or 0
+
+
 def _room(session: Session, config: ServeConfig, prompt: Prompt, length: int, crop: int) -> int:
     """How many tokens an answer may have.
 
@@ -145,7 +156,7 @@ def prepare_row(session: Session, config: ServeConfig, prompt: Prompt) -> Row:
     features = _encode(session, prompt, config.max_pixels)
     length = features["input_ids"].shape[1]
     zooms = options.zoom != "never" and "source_images" in features
-    crop = (options.crop_max_tokens or session.processor.max_tokens or 0) if zooms else 0
+    crop = _largest_crop(session, prompt, options) if zooms else 0
     return Row(
         features=features,
         options=options,

@@ -9,6 +9,7 @@ from .errors import RequestFailed, overloaded
 from .jobs import Job
 
 
+_PATIENCE = 10  # times as long is waited for requests that are known to come, because they are being prepared
 _FASTEST_RETRY, _SLOWEST_RETRY = 1.0, 60.0  # seconds
 
 
@@ -24,6 +25,7 @@ class BatchQueue:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._admitted = 0  # answers that wait, those still being prepared included
+        self._queued = 0  # answers of the jobs
         self._bytes = 0  # of the jobs' prompts
         self._batch_seconds = 0.0
         self._ended = False
@@ -68,6 +70,7 @@ class BatchQueue:
                 self._admitted -= len(job.choices)
                 raise self._refusal()
             self._jobs.append(job)
+            self._queued += len(job.choices)
             self._bytes += job.row.bytes
 
     def remove(self, job: Job) -> bool:
@@ -81,6 +84,7 @@ class BatchQueue:
 
     def _drop(self, job: Job) -> None:
         self._jobs.remove(job)
+        self._queued -= len(job.choices)
         self._admitted -= len(job.choices)
         self._bytes -= job.row.bytes
 
@@ -101,7 +105,8 @@ class BatchQueue:
                 now = time.monotonic()
                 if self._jobs:
                     batch, is_full = self._select()
-                    missing = self._jobs[0].queued + self._options.batch_wait - now
+                    patience = _PATIENCE if self._admitted > self._queued else 1
+                    missing = self._jobs[0].queued + patience * self._options.batch_wait - now
                     if is_full or missing <= 0 or self._ended:
                         for job in batch:
                             self._drop(job)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from ..asking.session import Session, open_session
@@ -72,8 +72,9 @@ class Worker:
                 raise
             yield failure_of(error)
             return
-        async for event in self._wait(prompt, row, arrived):
-            yield event
+        async with aclosing(self._wait(prompt, row, arrived)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
 
     async def _wait(self, prompt: Prompt, row: Row, arrived: float) -> AsyncIterator[Event]:
         """Puts a prepared request into the queue and yields what is told of it."""
@@ -118,6 +119,7 @@ class Worker:
             began = time.monotonic()
             self._run_jobs(batch)
             self.queue.took(time.monotonic() - began)
+            del batch  # or its images would stay until the next one comes
 
     def _run_jobs(self, jobs: list[Job]) -> None:
         """Runs a batch. Where it fails as a whole, those who have no word yet are asked again, each alone."""

@@ -149,9 +149,16 @@ def training_folder(name: str) -> str | None:
     return f"{folders[2]}/" if len(folders) > 2 else "itself"
 
 
+def serving_file(name: str) -> str | None:
+    """A module of `serving/`."""
+    path = MODULES[name].relative_to(ROOT)
+    return path.stem if path.parent == Path(PACKAGE) / "serving" and path.stem != "__init__" else None
+
+
 FILES = levels(MAP, "Published")
 ROOMS = [["published"], *levels(MAP, "Not published")]
 TRAINING = [*levels(MAP, "Inside training"), ["itself"]]
+SERVING = levels(MAP, "Inside serving")
 
 
 def test_nothing_imports_in_a_circle():
@@ -169,11 +176,13 @@ def test_published_files_import_only_what_stands_above_them():
 def test_every_room_stands_on_the_map_once():
     assert disagreements(ROOMS, {room(name) for name in MODULES}) == []
     assert disagreements(TRAINING, {folder for name in MODULES if (folder := training_folder(name))}) == []
+    assert disagreements(SERVING, {file for name in MODULES if (file := serving_file(name))}) == []
 
 
 def test_rooms_import_only_from_rooms_below_them():
     assert upward(ARROWS, ROOMS, room) == []
     assert upward(ARROWS, TRAINING, training_folder) == []
+    assert upward(ARROWS, SERVING, serving_file) == []
 
 
 def test_the_top_floor_of_training_is_seen_at_a_glance():

@@ -16,6 +16,7 @@ from hub_release.measure.serving.faults import (
 from hub_release.measure.serving.load import load
 from hub_release.measure.serving.questions import Asked, body_of, mixed_questions
 from hub_release.measure.serving.server import running
+from hub_release.measure.serving.throughput import talkative
 from modeling_qzoom.serving import __main__ as command
 from modeling_qzoom.serving import deployment
 from modeling_qzoom.serving.config import ServeConfig
@@ -46,8 +47,8 @@ def test_the_command_says_what_is_wrong(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_from_its_start_to_its_end() -> None:
-    """No answer is lost, doubled or another's, whatever happens; then SIGTERM, and what was accepted is answered."""
+def test_load_and_a_killed_replica() -> None:
+    """No answer is lost, doubled or another's; what the killed one had begun to stream fails loudly."""
     asked = mixed_questions(DEMO, 24)
     with running(DEMO, *FLAGS, "--replicas", "2") as server:
         outcome = load(server.address, asked * 4, 32, stream_every=4)
@@ -58,17 +59,20 @@ def test_a_server_from_its_start_to_its_end() -> None:
             body = {**asked[0].body, "extra_body": {"zoom": {"zoom": "x"}}}
             official.chat.completions.create(**{name: body[name] for name in body if name != "zoom"})
 
-        told = with_clients_that_leave(server, {**body_of(DEMO.name, "hello", None, n=2), "max_tokens": 1000}, 6)
-        assert told["places_still_taken"] == 0
-
         told = with_a_killed_replica(server, asked * 4, 32)
         assert told["wrong"] == told["lost"] == told["doubled"] == 0 and told["killed"] == 1
         assert told["right"] + told["failed"] == 96 and told["failed"] <= 16  # streams of the killed one, loudly
         assert told["replicas_afterwards"] == 2
 
-        long = [Asked({**body_of(DEMO.name, "hello", None, temperature=2.0, n=2, seed=seed)}) for seed in range(6)]
-        long = [Asked({**each.body, "max_tokens": 300}) for each in long]
-        told = ended_while_it_answers(server, long, 6)
+
+@pytest.mark.slow
+def test_clients_that_leave_and_the_end_of_a_server(tmp_path) -> None:
+    """Places are free again at once; on SIGTERM what was accepted is answered, and the server ends in order."""
+    body = {**body_of(DEMO.name, "hello", None, temperature=2.0, n=2), "max_tokens": 400}
+    with running(talkative(DEMO, tmp_path, 400), *FLAGS, "--replicas", "2") as server:
+        told = with_clients_that_leave(server, body, 6)
+        assert told["places_still_taken"] == 0 and told["seconds_until_free"] < 5
+        told = ended_while_it_answers(server, [Asked({**body, "seed": seed}) for seed in range(6)], 6)
         assert told["right"] == 6 and told["exit_status"] == 0
 
 

@@ -1,6 +1,7 @@
 """The queue: bounded, in order, and in batches that fit together."""
 
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -41,6 +42,21 @@ def test_rows_with_the_same_options_go_together_in_order() -> None:
     batches = [waiting.take() for _ in range(3)]
     assert batches == [[jobs[0], jobs[2], jobs[4]], [jobs[1], jobs[5]], [jobs[3]]]
     assert waiting.waiting == 0
+
+
+def test_a_batch_waits_longer_for_those_that_are_being_prepared() -> None:
+    waiting = queue(batch_wait=0.1)
+    put(waiting, first := job())
+    began = time.monotonic()
+    assert waiting.take() == [first] and 0.05 < time.monotonic() - began < 0.8
+    put(waiting, first := job())
+    waiting.admit(1)
+    threading.Timer(0.3, waiting.put, [late := job()]).start()
+    assert waiting.take() == [first, late]
+    put(waiting, first := job())
+    waiting.admit(1)
+    began = time.monotonic()
+    assert waiting.take() == [first] and time.monotonic() - began > 0.8  # but not for ever
 
 
 def test_a_batch_is_bounded_in_rows_and_in_tokens() -> None:

@@ -40,7 +40,8 @@ from hub_release.measure.serving.throughput import compared, talkative
 
 
 DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "qzoom-demo"
-CONCURRENCY, LONG_TOKENS = 32, 64
+CONCURRENCY = 32
+LONG_TOKENS, LONGEST = 128, 400  # of answers for throughput, and of those that are broken off
 # 32 bit: there a row's answer does not depend on its company
 FLAGS = ("--dtype", "float32", "--gpus", "0")
 
@@ -70,7 +71,7 @@ class Plan:
     def long_body(self, seed: int) -> dict[str, Any]:
         """A request whose answers take a while."""
         body = body_of(self.model.name, "hello", None, temperature=2.0, n=2, seed=seed)
-        return {**body, "max_tokens": 400}
+        return {**body, "max_tokens": LONGEST}
 
 
 def _load(server: Server, plan: Plan) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _load(server: Server, plan: Plan) -> dict[str, Any]:
 
 
 def _throughput(server: Server, plan: Plan) -> dict[str, Any]:
-    asked = plan.repeated(96)
+    asked = plan.repeated(48)
     short = compared(server.address, asked, CONCURRENCY)
     asked = [Asked({**each.body, "max_tokens": LONG_TOKENS}) for each in asked]
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,16 +110,25 @@ def _memory(server: Server, plan: Plan) -> dict[str, Any]:
     return memory_over(server, plan.asked, plan.count(2000), CONCURRENCY)
 
 
-TWO, ONE, ALONE = ("--replicas", "2"), ("--replicas", "1"), ("--in-process",)
-# by name: flags of the server, and what is done to it; parts with the same flags share a server, `ended` is its last
-PARTS: dict[str, tuple[tuple[str, ...], Callable[[Server, Plan], dict[str, Any]]]] = {
+@dataclass(frozen=True)
+class Setting:
+    """A server: its flags, and whether its model never ends an answer early."""
+
+    flags: tuple[str, ...]
+    is_talkative: bool = False
+
+
+TWO, ONE = Setting(("--replicas", "2")), Setting(("--replicas", "1"))
+LONG = Setting(("--replicas", "2"), is_talkative=True)
+# by name: the server, and what is done to it; parts with the same one share it, and `ended` is its last
+PARTS: dict[str, tuple[Setting, Callable[[Server, Plan], dict[str, Any]]]] = {
     "load": (TWO, _load),
     "killed": (TWO, _killed),
-    "left": (TWO, _left),
-    "ended": (TWO, _ended),
+    "left": (LONG, _left),
+    "ended": (LONG, _ended),
     "fuzz": (ONE, _fuzz),
     "memory": (ONE, _memory),
-    "throughput": (ALONE, _throughput),
+    "throughput": (Setting(("--in-process",)), _throughput),
 }
 
 
@@ -131,12 +141,14 @@ def measure(parts: list[str], plan: Plan, tell: Callable[[str], None]) -> dict[s
         tell: takes a line about every part.
     """
     results: dict[str, Any] = {}
-    for flags in dict.fromkeys(PARTS[name][0] for name in parts):
-        with running(plan.model, *FLAGS, *flags) as server:
-            for name in [name for name in PARTS if name in parts and PARTS[name][0] == flags]:
-                began = time.monotonic()
-                results[name] = {"server": " ".join((*FLAGS, *flags)), **PARTS[name][1](server, plan)}
-                tell(f"{name} ({time.monotonic() - began:.0f} s): {json.dumps(results[name])}")
+    for setting in dict.fromkeys(PARTS[name][0] for name in parts):
+        with tempfile.TemporaryDirectory() as scratch:
+            model = talkative(plan.model, Path(scratch), LONGEST) if setting.is_talkative else plan.model
+            with running(model, *FLAGS, *setting.flags) as server:
+                for name in [name for name in PARTS if name in parts and PARTS[name][0] == setting]:
+                    began = time.monotonic()
+                    results[name] = {"server": " ".join((*FLAGS, *setting.flags)), **PARTS[name][1](server, plan)}
+                    tell(f"{name} ({time.monotonic() - began:.0f} s): {json.dumps(results[name])}")
     return results
 
 

@@ -53,8 +53,9 @@ class Server:
         return found
 
     def resident_mib(self) -> float:
-        """Memory of the processes that hold the model, in MiB."""
-        return sum(psutil.Process(pid).memory_info().rss for pid in self.replicas()) / 2**20
+        """Memory of the processes that hold the model, in MiB; without Ray's object store, which they only map."""
+        infos = [psutil.Process(pid).memory_info() for pid in self.replicas()]
+        return sum(info.rss - getattr(info, "shared", 0) for info in infos) / 2**20
 
     def wait(self) -> None:
         """Returns when it answers.

@@ -10,6 +10,9 @@ from hub_release.measure.serving.load import load
 from hub_release.measure.serving.questions import Asked
 
 
+ROUNDS = 3
+
+
 def talkative(model: Path, folder: Path, new_tokens: int) -> Path:
     """A copy of a checkpoint that never ends an answer before so many tokens, as a large model seldom would.
 
@@ -27,18 +30,28 @@ def talkative(model: Path, folder: Path, new_tokens: int) -> Path:
 
 
 def compared(address: str, asked: Sequence[Asked], concurrency: int) -> dict[str, Any]:
-    """The same requests one at a time and many at once; both must get the same answers.
+    """The same requests one at a time and many at once, in turns, so that both meet the same machine.
 
     Returns:
-        Figures of both, and how many times as fast many at once are.
+        Seconds of both by round, and how many times as fast many at once are: over all rounds, and in each.
     """
     load(address, asked[:concurrency], concurrency)  # warm
-    alone = load(address, asked, 1)
-    known = [Asked(each.body, alone.texts.get(number)) for number, each in enumerate(asked)]
-    together = load(address, known, concurrency)
+    alone, together, tokens = [], [], 0
+    for _ in range(ROUNDS):
+        one = load(address, asked, 1)
+        known = [Asked(each.body, one.texts.get(number)) for number, each in enumerate(asked)]
+        many = load(address, known, concurrency)
+        if one.failed or many.failed or many.wrong:
+            raise RuntimeError(f"answers failed or differ: {one.told(len(asked))} {many.told(len(asked))}")
+        alone.append(one.seconds)
+        together.append(many.seconds)
+        tokens = many.tokens
     return {
-        "one_at_a_time": alone.told(len(asked)),
-        "at_once": {"concurrency": concurrency, **together.told(len(asked))},
-        "mean_answer_tokens": round(together.tokens / max(1, len(asked)), 1),
-        "ratio": round(alone.seconds / together.seconds, 2),
+        "requests_a_round": len(asked),
+        "concurrency": concurrency,
+        "mean_answer_tokens": round(tokens / max(1, len(asked)), 1),
+        "seconds_one_at_a_time": [round(each, 2) for each in alone],
+        "seconds_at_once": [round(each, 2) for each in together],
+        "ratio": round(sum(alone) / sum(together), 2),
+        "ratios": [round(one / many, 2) for one, many in zip(alone, together, strict=True)],
     }

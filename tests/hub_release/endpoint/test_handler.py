@@ -21,9 +21,9 @@ QUESTION = "which number is on the yellow star?"
 CHILD = """
 import json, sys
 from importlib.util import find_spec
+assert find_spec("modeling_qzoom") is None
 sys.path.insert(0, sys.argv[1])
 from handler import EndpointHandler
-assert find_spec("modeling_qzoom.serving") is None
 answer = EndpointHandler(sys.argv[1])(json.loads(sys.stdin.read()))
 print(json.dumps(answer))
 """
