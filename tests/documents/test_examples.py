@@ -157,7 +157,7 @@ def test_dial(run):
 
 def test_benchmark(run, tmp_path):
     small = ("--source-tokens", "64", "--crop-tokens", "16", "--budgets", "64", "256", "--output", tmp_path / "b.json")
-    text = run("benchmark", "--flops", "--gate", "light", "--keep-share", "0.1", *small)
+    text = run("benchmark", "--flops", "--gate", "light", "--region", "full", "--keep-share", "0.1", *small)
     found = json.loads((tmp_path / "b.json").read_text())
     assert (found["gate"], found["region"], found["keep_share"]) == ("light", "full", 0.1)
     assert found["done_over_needed"] == pytest.approx(1, abs=0.02)
