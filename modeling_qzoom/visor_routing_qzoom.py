@@ -76,6 +76,6 @@ def routing_pass(
     hidden = run_view(model, view, 0, layer, plans)
     last = last_columns(view.valid).to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
     logits = model.visor.router(hidden.gather(1, last)[:, 0])
-    loss = route_loss(logits, targets.to(logits.device))
-    loss = with_unused(loss, unused_above(model, view, layer, [model.zoom]))
+    unused = unused_above(model, view, layer, [model.zoom])
+    loss = with_unused(route_loss(logits, targets.to(logits.device)), unused)
     return {"loss": loss, "route_loss": loss, "route_logits": logits}

@@ -21,6 +21,33 @@ class _DrawnImage:
         return draw_page(self.seed, kind=self.kind, split=self.split).image
 
 
+QUESTIONS = ("fine", "coarse", "fine", "coarse")  # kinds of the questions about a page
+
+
+def page_rows(split: str, seed: int, number: int) -> list[Row]:
+    """Rows about one page, whose questions all differ.
+
+    Args:
+        split: split that the page belongs to.
+        seed: seed of the pages; other seeds give other pages.
+        number: which of the seed's pages.
+    """
+    # far above the seeds of evaluation rows, in case both use one split
+    page_seed = 10**15 + seed * 10**7 + number
+    kind = PAGE_KINDS[number % len(PAGE_KINDS)]
+    page = draw_page(page_seed, kind=kind, split=split)
+    rng = random.Random(f"rows/{split}/{page_seed}")
+    questions = {}
+    for question_kind in QUESTIONS:
+        question = ask_question(page, question_kind, rng)
+        questions[question.text] = question
+    name, image = f"{split}-{page_seed}", _DrawnImage(split, page_seed, kind)
+    return [
+        Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
+        for place, question in enumerate(questions.values())
+    ]
+
+
 def drawn_rows(split: str, count: int, seed: int) -> Rows:
     """Rows about benchmark pages: every page with two questions about details and two that need none.
 
@@ -32,19 +59,6 @@ def drawn_rows(split: str, count: int, seed: int) -> Rows:
     rows: list[Row] = []
     number = 0
     while len(rows) < count:
-        # far above the seeds of evaluation rows, in case both use one split
-        page_seed = 10**15 + seed * 10**7 + number
-        kind = PAGE_KINDS[number % len(PAGE_KINDS)]
+        rows += page_rows(split, seed, number)
         number += 1
-        page = draw_page(page_seed, kind=kind, split=split)
-        rng = random.Random(f"rows/{split}/{page_seed}")
-        questions = {}
-        for question_kind in ("fine", "coarse", "fine", "coarse"):
-            question = ask_question(page, question_kind, rng)
-            questions[question.text] = question
-        for place, question in enumerate(questions.values()):
-            name = f"{split}-{page_seed}"
-            image = _DrawnImage(split, page_seed, kind)
-            row = Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
-            rows.append(row)
     return Rows(rows[:count], f"drawn/{split}/{count}/{seed}")

@@ -90,7 +90,7 @@ class TrainStage(ABC, Generic[Config, Material]):
         return {}
 
     def at_step(self, session: Session, step: int) -> dict[str, Any]:
-        """Keywords of `forward` that depend on model and optimiser's step alone, so that every process has the same."""
+        """Keywords of `forward` that depend on model and step of the optimiser alone: the same in every process."""
         return {}
 
     def measure(self, batch: dict[str, Any]) -> Counts:
