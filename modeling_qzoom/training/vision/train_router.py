@@ -31,9 +31,10 @@ def router_of(config: TrainRouterConfig, model: QZoomForConditionalGeneration) -
     names = own["choices"] if config.choices is None and own is not None else config.choices
     choices = chosen_configurations(model.config, names)
     layer = config.layer
-    if layer is None:
-        is_own = own is not None and own["choices"] == choices
-        layer = own["layer"] if is_own else shared_layers(letters_of(model.config, choices))
+    if layer is None and own is not None and own["choices"] == choices:
+        layer = own["layer"]
+    elif layer is None:
+        layer = shared_layers(letters_of(model.config, choices))
     router = {"layer": layer, "choices": choices}
     if not config.reset and own != router:
         raise ValueError(
