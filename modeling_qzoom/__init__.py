@@ -9,12 +9,14 @@ from transformers import (
 )
 
 from .configuration_qzoom import QZoomConfig
+from .cost_prediction_qzoom import ZoomCost, zoom_cost
 from .errors_qzoom import CheckpointError, InputError, QZoomError, UnsupportedError
 from .modeling_outputs_qzoom import QZoomOutput
 from .modeling_qzoom import QZoomForConditionalGeneration
 from .processing_qzoom import QZoomProcessor
 from .report_drawing_qzoom import overlay
 from .report_qzoom import ZoomReport
+from .zoom_pages_qzoom import Page
 
 
 __version__ = "0.1.0"
@@ -22,14 +24,17 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 
 AutoConfig.register("qzoom", QZoomConfig, exist_ok=True)

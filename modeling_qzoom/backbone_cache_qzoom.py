@@ -48,6 +48,21 @@ def name_cache(kwargs: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What some layers know of the tokens in front of those that they run.
+
+    Attributes:
+        cache: keys and values (B, heads, P, head_dim) of these tokens in every one of the layers, which extend it.
+        visible: (B, P) long, 0 on padding.
+        states: (B, P, D) that the last of the layers made of them; None where nobody reads it.
+    """
+
+    cache: DynamicCache
+    visible: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerMasks:
     """Which tokens the layers of a cache hold, where they hold different ones.
 

@@ -59,6 +59,10 @@ class TokenGrid(ABC):
         """
 
     @abstractmethod
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        """The pixel values of a batch by image; joined along their first dimension they are the batch's again."""
+
+    @abstractmethod
     def check_shape(self, height: int, width: int) -> None:
         """Checks that a crop can be made of a region of `height` × `width` source pixels.
 
@@ -116,6 +120,10 @@ class NativeGrid(TokenGrid):
                 "the prompt holds image tokens but image_grid_thw is missing; pass what the processor returned."
             )
         return []
+
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        assert image_grid_thw is not None  # `token_grids` has refused images without
+        return list(pixel_values.split(image_grid_thw.prod(1).tolist()))
 
     def check_shape(self, height: int, width: int) -> None:
         if max(height, width) > self.max_aspect_ratio * min(height, width):
@@ -179,6 +187,9 @@ class FixedGrid(TokenGrid):
                 "has."
             )
         return [(height, width)] * (image_tokens // (height * width))
+
+    def image_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> list[Tensor]:
+        return list(pixel_values.split(1))
 
     def check_shape(self, height: int, width: int) -> None:
         """Every shape fits the square."""

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbone_cache_qzoom import CACHE
+from .backbone_cache_qzoom import CACHE, layer_states, set_layer_states
 from .backbone_plans_qzoom import LayerPlan, take_updated, write_updated
 from .backbone_projections_qzoom import Rotary, keys_and_values, rotary_at
 from .errors_qzoom import UnsupportedError
@@ -87,9 +87,10 @@ def run_layers(
     *,
     mask: Mask,
     position_embeddings: Rotary,
-    cache: Cache | None = None,
+    cache: DynamicCache | None = None,
     deepstack: DeepStack | None = None,
     plans: Sequence[LayerPlan | None] | None = None,
+    cached: Tensor | None = None,
 ) -> Tensor:
     """Decoder layers [first, last).
 
@@ -98,8 +99,10 @@ def run_layers(
         mask: mask of the pass, from `causal_mask`.
         position_embeddings: cos and sin of the positions, from `rotary`.
         cache: receives keys and values.
-        plans: per layer who takes part; None for a layer that updates all tokens. Planned layers start with nothing
-            cached and write (B, heads, n, head_dim) of the tokens that take part, in the order of the plan.
+        plans: per layer who takes part; None for a layer that updates all tokens. Planned layers write
+            (B, heads, n, head_dim) of the tokens that take part, in the order of the plan.
+        cached: (B, P) long, 0 on padding: earlier tokens, whose keys and values the cache holds for every one of the
+            layers; None where planned layers start with nothing cached.
 
     Returns:
         (B, n, D), what layer `last` would receive. Tokens that a plan does not update stay as they were.
@@ -120,7 +123,7 @@ def run_layers(
             end = index + 1
         else:
             end = _end_of_run(plan, plans or (), first, index, deepstack)
-            hidden_states = _run_planned(decoder, hidden_states, index, end, plan, position_embeddings, cache)
+            hidden_states = _run_planned(decoder, hidden_states, index, end, plan, position_embeddings, cache, cached)
         if deepstack is not None:
             hidden_states = deepstack.add(hidden_states, end - 1)
         index = end
@@ -164,16 +167,20 @@ def _run_planned(
     last: int,
     plan: LayerPlan,
     position_embeddings: Rotary,
-    cache: Cache | None,
+    cache: DynamicCache | None,
+    cached: Tensor | None,
 ) -> Tensor:
     """Neighbouring layers [first, last) of one plan, through the decoder's own modules."""
     updated = take_updated(plan, hidden_states)
     context = [gather(hidden_states, segment.context) for segment in plan.segments]
     at_context = [rotary_at(position_embeddings, segment.context) for segment in plan.segments]
     at_updated = [rotary_at(position_embeddings, segment.updated) for segment in plan.segments]
-    masks = _segment_masks(decoder.layers[first].self_attn.config, plan, updated)
-    for index in range(first, last):
-        layer, states = decoder.layers[index], _LayerStates()
+    masks = _segment_masks(decoder.layers[first].self_attn.config, plan, updated, cached)
+    for layer in decoder.layers[first:last]:
+        number_in_cache = layer.self_attn.layer_idx  # a branch counts on from layer K
+        states = _LayerStates()
+        if cache is not None and cached is not None and cached.shape[1]:
+            states = _LayerStates(*layer_states(cache, number_in_cache))
         for number, mask in enumerate(masks):
             if context[number].shape[1]:
                 states.update(*keys_and_values(layer, context[number], at_context[number]))
@@ -181,14 +188,18 @@ def _run_planned(
             if updated[number].shape[1]:
                 updated[number] = _call(layer, updated[number], mask, at_updated[number], states)
                 states = _LayerStates(*states.after)
-        if cache is not None:
-            cache.update(*states.after, index)
+        keys, values = states.after
+        if cache is not None and keys is not None and values is not None:
+            set_layer_states(cache, number_in_cache, keys, values)
     return write_updated(plan, hidden_states, updated)
 
 
-def _segment_masks(config: PreTrainedConfig, plan: LayerPlan, updated: list[Tensor]) -> list[Mask]:
-    """Per segment the mask of its updated tokens; None where there are none."""
+def _segment_masks(
+    config: PreTrainedConfig, plan: LayerPlan, updated: list[Tensor], cached: Tensor | None
+) -> list[Mask]:
+    """Per segment the mask of its updated tokens, on top of the cached ones; None where there are none."""
     masks, visible = [], plan.mask[:, :0]
+    visible = visible if cached is None else cached.to(visible.device)
     for segment, states in zip(plan.segments, updated):
         visible = torch.cat([visible, segment.context_mask], dim=1)
         past = visible.shape[1]

@@ -92,6 +92,17 @@ def asking_token_plan(visible: Tensor, query_columns: Tensor) -> LayerPlan:
     return LayerPlan((Segment(columns, queries, context_mask.long(), torch.ones_like(queries), keeps_padding=True),))
 
 
+def keys_only_plan(visible: Tensor) -> LayerPlan:
+    """The plan of a layer of which no state is read: the cache is that of a plain layer.
+
+    Args:
+        visible: (B, N), 0 on padding and on hidden tokens.
+    """
+    columns = torch.arange(visible.shape[1], device=visible.device).expand(len(visible), -1)
+    visible = visible.long()
+    return LayerPlan((Segment(columns, columns[:, :0], visible, visible[:, :0], keeps_padding=True),))
+
+
 def subset_plan(columns: Tensor, mask: Tensor) -> LayerPlan:
     """The plan of a layer that updates some tokens and does not know the others.
 

@@ -59,14 +59,15 @@ def keys_and_values(layer: Any, hidden_states: Tensor, position_embeddings: Rota
         Keys and values, each (B, heads, n, head_dim).
     """
     attention = layer.self_attn
-    normed = layer.input_layernorm(_beside(layer.input_layernorm, hidden_states))  # (B, n, D)
+    device = device_of(layer.input_layernorm, hidden_states.device)
+    normed = layer.input_layernorm(hidden_states.to(device))  # (B, n, D)
     norm = getattr(attention, "k_norm", None)
     keys = project_heads(normed, attention.k_proj, norm, attention.head_dim, position_embeddings)
     values = project_heads(normed, attention.v_proj, None, attention.head_dim, None)
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-def _beside(module: nn.Module, tensor: Tensor) -> Tensor:
-    """The tensor on the module's device; offloaded modules, which are on none, fetch it themselves."""
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """A module's device; offloaded modules, which are on none, fetch their inputs from the default one themselves."""
     weight = next(module.parameters(), None)
-    return tensor if weight is None or weight.is_meta else tensor.to(weight.device)
+    return default if weight is None or weight.is_meta else weight.device

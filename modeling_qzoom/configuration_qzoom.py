@@ -99,8 +99,9 @@ class QZoomConfig(PreTrainedConfig):
         keep_margin (`int`, *optional*, defaults to 1):
             Cells around the region that count as part of it when `keep_share` is below 1.
         skip_unread (`bool`, *optional*):
-            Whether the last decoder layer of a prefill, and the gate's, update only the token that is read. It changes
-            no result beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
+            Whether the last decoder layer of a prefill, and the gate's, update only the token that is read, and rows
+            that begin with the same tokens and image run them once (not with `zoom="never"`). It changes no result
+            beyond rounding. Default: yes where a call may zoom, no with `zoom="never"`.
         vision (`str`, *optional*, defaults to `"dense"`):
             Which decoder layers visual tokens take part in: `"dense"` (all of them, the plain model) or the name of a
             configuration of `visor`; `"auto"`: its router chooses.

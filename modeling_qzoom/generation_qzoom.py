@@ -23,15 +23,16 @@ from .prompt_qzoom import POSITION_INPUTS, as_visual_features, prompt_positions
 from .rows_qzoom import Positions, pick
 from .visor_router_qzoom import Visor
 from .zoom_branches_qzoom import ZoomBranches
+from .zoom_page_call_qzoom import QZoomPageMixin
 from .zoom_prefill_qzoom import zoom_prefill
-from .zoom_request_qzoom import ZoomRequest
+from .zoom_request_qzoom import ZoomRequest, unread_inputs
 
 
 # the keyword under which a request travels through transformers' `generate`
 REQUEST = "zoom_request"
 
 
-class QZoomGenerationMixin(GenerationMixin):
+class QZoomGenerationMixin(QZoomPageMixin, GenerationMixin):
     """`GenerationMixin` with a prefill that can zoom, for a model that holds `vlm`, `zoom` and a `QZoomConfig`."""
 
     config: QZoomConfig
@@ -81,6 +82,12 @@ class QZoomGenerationMixin(GenerationMixin):
         positions = prompt_positions(self.vlm, spec, input_ids, mask, **grids)
         return positions, positions[1:].amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        request: ZoomRequest | None = model_kwargs.get(REQUEST)
+        if request is not None:
+            model_kwargs = unread_inputs(self.config, request, model_kwargs)
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -93,7 +100,9 @@ class QZoomGenerationMixin(GenerationMixin):
             # the zooming prefill runs distinct rows; expansion below repeats the encoder's lists in place
             encoded = model_kwargs.get("mm_encoder_outputs") or {}
             features = {kind: as_visual_features(output) for kind, output in encoded.items() if output is not None}
-            model_kwargs[REQUEST] = replace(request, expand_size=expand_size, encoder_outputs=features)
+            model_kwargs[REQUEST] = replace(request, expand_size=expand_size).with_features(features)
+            if request.unread_images() is not None:
+                model_kwargs.pop("mm_encoder_outputs", None)  # which would have to hold every image to be repeated
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -135,7 +144,7 @@ class QZoomGenerationMixin(GenerationMixin):
         check_padding(mask)  # generate may have inferred it from pad tokens
         distinct = range(0, len(input_ids), repeat)
         with run_rows(request.adapters, range(len(distinct))):
-            run_prefill = plain_prefill if request.options.zoom == "never" else zoom_prefill
+            run_prefill = plain_prefill if request.is_plain else zoom_prefill
             prefill = run_prefill(
                 self,
                 request,

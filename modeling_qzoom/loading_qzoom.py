@@ -43,6 +43,7 @@ from .saving_addons_qzoom import write_addon
 from .saving_qzoom import FULL, check_target, staged
 from .visor_router_qzoom import visor_of
 from .zoom_branches_qzoom import GateBranch, RegionBranch, ZoomBranches
+from .zoom_options_qzoom import NEW_CHECKPOINT
 
 
 # at runtime the methods below reach transformers' through the class that they are mixed into
@@ -138,7 +139,9 @@ class QZoomLoadingMixin(_Base):
             has_gate: also attach a gate.
             zoom_config: further `QZoomConfig` fields: thresholds, budgets, presets, image statistics. Zooming needs
                 a budget, here (`max_tokens`) or in the call (`crop_max_tokens`). Image statistics are read from the
-                folder where it holds an image processor, and are the family's otherwise.
+                folder where it holds an image processor, and are the family's otherwise. Branches are light and a
+                zoomed row keeps a tenth of its coarse tokens above K, unless fields say otherwise (`gate_branch`,
+                `region_branch`, `keep_share`).
             kwargs: `from_pretrained` arguments of the plain VLM (`dtype`, `device_map`, `quantization_config`, …) for
                 a name. The branches stay in 16 bit, so that they can be trained; quantize them when they are done.
 
@@ -151,7 +154,7 @@ class QZoomLoadingMixin(_Base):
             UnsupportedError: unsupported VLM, or a loaded model with LoRA adapters.
         """
         fields: dict[str, Any] = {"branch_layer": branch_layer, "branch_depth": branch_depth, "has_gate": has_gate}
-        fields |= zoom_config or {}
+        fields |= {**NEW_CHECKPOINT, **(zoom_config or {})}
         check_zoom_config(fields)
         if isinstance(vlm, nn.Module):
             if kwargs:

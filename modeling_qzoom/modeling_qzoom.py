@@ -17,6 +17,7 @@ from .backbone_cache_qzoom import CACHE, LayerMasks, given_cache, name_cache, no
 from .backbone_decoding_qzoom import decode
 from .backbone_layers_qzoom import check_decoder
 from .configuration_qzoom import QZoomConfig
+from .cost_prediction_qzoom import QZoomCostMixin
 from .errors_qzoom import InputError, UnsupportedError
 from .generation_qzoom import REQUEST, QZoomGenerationMixin
 from .generation_refusals_qzoom import require_dict_output
@@ -33,6 +34,7 @@ from .visor_training_qzoom import check_sparse_call, sparse_language_pass
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_options_qzoom import OPTION_NAMES, resolve_options, resolve_reports
+from .zoom_pages_qzoom import Page
 from .zoom_plan_qzoom import plan_zoom
 from .zoom_request_qzoom import ZoomRequest
 
@@ -53,7 +55,7 @@ class QZoomPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
 
 
-class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
+class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreTrainedModel, QZoomGenerationMixin):
     """A VLM (`vlm`, an unchanged class of transformers) and its two zoom branches (`zoom`)."""
 
     def __init__(self, config: QZoomConfig) -> None:
@@ -307,6 +309,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
         vision: str | Sequence[str] | None = None,
         return_zoom_reports: bool | None = None,
         zoom_reports: list[ZoomReport] | None = None,
+        page: Page | Sequence[Page | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` of transformers, with a prefill that zooms where the question needs it.
@@ -329,24 +332,25 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             gate_branch, region_branch: `"full"`, or `"light"`: visual tokens stay as they are in the branch's layers.
             keep_share: share of the zoomed image's coarse tokens that stay above layer K, the hottest first.
             keep_margin: cells around the region that are kept before others.
-            skip_unread: leaves tokens that nobody reads out of the prefill's last layer; results change by rounding.
+            skip_unread: runs no layer for tokens that nobody reads, and what rows share once; changes only rounding.
             vision: `"dense"`, or a configuration of the checkpoint: which layers visual tokens take part in (VISOR).
                 A list names one for every row.
             crop_budget: `"fixed"`, `"need"` or `"visionrl2"`: how many tokens a crop gets between its bounds.
             crop_target_tokens: up to how many tokens the last two enlarge a region.
             region_blur: `"fixed"`, or `"grid"`: wider on larger grids.
-            region_min_peak: smallest peak of a heat map that is zoomed into.
-            region_min_contrast: smallest peak over mean of a heat map that is zoomed into.
+            region_min_peak, region_min_contrast: smallest peak, and peak over mean, of a map that is zoomed into.
             return_zoom_reports: adds `zoom_reports`, one `ZoomReport` per prompt row, to a dict output.
             zoom_reports: an empty list, which gets the same reports as soon as they are known: before the first word,
                 for streamers and stopping criteria.
+            page: what `read_page` returned for the beginning of the prompts, or a list with one (or None) per row;
+                other inputs stay as they are. Results change by rounding, also those of `zoom="never"`.
 
         Returns:
             (B, n) ids `[prompt | new tokens]`, or the dict output of transformers.
 
         Raises:
-            InputError: options out of range, image tokens without `source_images`, right-padded rows, or a list of
-                reports that is not empty.
+            InputError: options out of range, image tokens without `source_images`, right-padded rows, a list of
+                reports that is not empty, or a prompt that does not begin with its page.
             UnsupportedError: a decoding feature that cannot go with zooming (`zoom="never"` always can).
         """
         arguments = locals()  # every option is an argument of its name
@@ -362,7 +366,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomPreTrainedModel, QZo
             if has_reports:
                 require_dict_output(kwargs)
             name_cache(kwargs)
-            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs)
+            request = plan_zoom(self, options, input_ids, source_images, source_boxes, args, configs, kwargs, page)
             if request is not None:
                 request = request if zoom_reports is None else replace(request, reports=zoom_reports)
                 kwargs[REQUEST] = request

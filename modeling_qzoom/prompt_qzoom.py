@@ -1,5 +1,6 @@
 """The prompt: where its images are, their features, its embeddings and its positions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,17 @@ class VisualFeatures:
 
     embeds: list[Tensor]
     deepstack: list[list[Tensor]]
+
+    def pick(self, images: Sequence[int]) -> "VisualFeatures":
+        """The features of some images."""
+        levels = [[level[image] for image in images] for level in self.deepstack]
+        return VisualFeatures([self.embeds[image] for image in images], levels)
+
+    @classmethod
+    def join(cls, parts: Sequence["VisualFeatures"]) -> "VisualFeatures":
+        """The features of several groups of images, one behind the other."""
+        levels = zip(*(part.deepstack for part in parts))
+        return cls([image for part in parts for image in part.embeds], [sum(level, []) for level in levels])
 
 
 def as_visual_features(encoded: Any) -> VisualFeatures:
@@ -162,11 +174,11 @@ class DeepStack:
         self.levels = levels
         self.mask = mask
 
-    def select(self, rows: list[int], length: int) -> "DeepStack":
-        """The features of some rows, whose last `length` columns hold all their visual tokens."""
-        is_selected = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
-        is_selected[rows] = True
-        keep = is_selected[:, None].expand_as(self.mask)[self.mask]  # (n,)
+    def select(self, rows: Sequence[int], length: int) -> "DeepStack":
+        """The features of some rows, in ascending order, in their last `length` columns."""
+        is_selected = torch.zeros_like(self.mask)
+        is_selected[list(rows), self.mask.shape[1] - length :] = True
+        keep = is_selected[self.mask]  # (n,)
         return DeepStack([level[keep.to(level.device)] for level in self.levels], pick(self.mask, rows)[:, -length:])
 
     def add(self, hidden_states: Tensor, layer: int) -> Tensor:
@@ -201,7 +213,7 @@ def embed_prompt(
         if features is None:
             continue
         mask = torch.eq(input_ids, cast(int, token_id))  # (B, N)
-        flat = torch.cat(features.embeds).to(embeds.device, embeds.dtype)  # (n, D)
+        flat = torch.cat([part.to(embeds.device, embeds.dtype) for part in features.embeds])  # (n, D)
         if int(mask.sum()) != len(flat):
             raise InputError(mismatch(kind, int(mask.sum()), len(flat)))
         embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), flat)
@@ -214,8 +226,8 @@ def embed_prompt(
         first = parts[0][1].deepstack[level][0]  # (n, D)
         joint = first.new_zeros(int(visual.sum()), first.shape[-1])
         for mask, features in parts:
-            flat = torch.cat(features.deepstack[level])
-            joint[mask[visual].to(joint.device)] = flat.to(joint.device)
+            flat = torch.cat([part.to(joint.device) for part in features.deepstack[level]])
+            joint[mask[visual].to(joint.device)] = flat
         levels.append(joint)
     return embeds, DeepStack(levels, visual)
 

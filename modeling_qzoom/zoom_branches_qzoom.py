@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .backbone_cache_qzoom import Past
 from .backbone_layers_qzoom import Mask, run_layers
 from .backbone_plans_qzoom import LayerPlan
 from .backbone_projections_qzoom import Rotary, project_heads, rotary_at
@@ -28,17 +29,30 @@ class BranchLayers(nn.Module):
         self.layers = nn.ModuleList([layer_class(decoder.config, first + index) for index in range(count)])
 
     def run(
-        self, hidden_states: Tensor, mask: Mask, position_embeddings: Rotary, plans: Sequence[LayerPlan | None] | None
+        self,
+        hidden_states: Tensor,
+        mask: Mask,
+        position_embeddings: Rotary,
+        plans: Sequence[LayerPlan | None] | None,
+        past: Past | None = None,
     ) -> Tensor:
-        """(B, n, D) → (B, n, D), causal, without a cache; `plans` as for `run_layers`."""
+        """(B, n, D) → (B, n, D), causal; `plans` as for `run_layers`.
+
+        Args:
+            position_embeddings: of the same tokens, or of those in front of them as well.
+            past: what the layers know of earlier tokens; its cache, in which they count on from layer K, is extended.
+        """
+        cos, sin = (part[:, part.shape[1] - hidden_states.shape[1] :] for part in position_embeddings)
         return run_layers(
             self,
             hidden_states,
             0,
             len(self.layers),
             mask=mask,
-            position_embeddings=position_embeddings,
+            position_embeddings=(cos, sin),
+            cache=None if past is None else past.cache,
             plans=plans,
+            cached=None if past is None else past.visible,
         )
 
 
@@ -56,19 +70,21 @@ class GateBranch(BranchLayers):
         position_embeddings: Rotary,
         query_columns: Tensor,
         plans: Sequence[LayerPlan | None] | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Logit that the coarse view is not enough.
 
         Args:
-            hidden_states: (B, n, D) after decoder layer K.
+            hidden_states: (B, n, D) after decoder layer K, of tokens behind those of `past`.
             mask, position_embeddings: the prompt's, as for the decoder.
-            query_columns: (B, 1) column of the last prompt token.
+            query_columns: (B, 1) column of the last prompt token among the n.
             plans: of the T layers; every layer updates every token by default.
+            past: what the layers know of earlier tokens.
 
         Returns:
             (B,) float32.
         """
-        hidden_states = self.run(hidden_states, mask, position_embeddings, plans)
+        hidden_states = self.run(hidden_states, mask, position_embeddings, plans, past)
         last = gather(hidden_states, query_columns)[:, 0]  # (B, D)
         return self.head(last.to(self.head.weight.dtype))[:, 0].float()
 
@@ -138,20 +154,24 @@ class RegionBranch(BranchLayers):
         query_columns: Tensor,
         key_columns: Tensor,
         plans: Sequence[LayerPlan | None] | None = None,
+        past: Past | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Region logits of visual tokens.
 
         Args:
-            hidden_states: (B, n, D) after decoder layer K.
-            mask, position_embeddings: the prompt's, as for the decoder.
+            hidden_states: (B, n, D) after decoder layer K, of tokens behind those of `past`.
+            mask, position_embeddings: the prompt's, as for the decoder; positions of all tokens.
             query_columns: (B, Q) columns of the asking tokens (the last prompt token, or one per turn).
             key_columns: (B, V) columns of the visual tokens; shorter rows may repeat any column.
             plans: of the T - 1 layers; every layer updates every token by default.
+            past: what the layers know of earlier tokens, and what they made of them.
 
         Returns:
             As `RegionScorer`.
         """
-        hidden_states = self.run(hidden_states, mask, position_embeddings, plans)
+        hidden_states = self.run(hidden_states, mask, position_embeddings, plans, past)
+        if past is not None and past.states is not None:
+            hidden_states = torch.cat([past.states.to(hidden_states.device), hidden_states], dim=1)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return self.scorer(hidden_states, position_embeddings, query_columns, key_columns)

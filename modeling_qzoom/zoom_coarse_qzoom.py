@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone_layers_qzoom import Mask, causal_mask, rotary, run_layers
+from .backbone_cache_qzoom import take_last
+from .backbone_layers_qzoom import Mask, causal_mask, mask_behind, rotary, run_layers
 from .backbone_plans_qzoom import LayerPlan
 from .backbone_projections_qzoom import Rotary
 from .prompt_checks_qzoom import check_ids, check_prompt
@@ -21,8 +22,9 @@ from .prompt_qzoom import (
     encode_images,
     prompt_positions,
 )
-from .rows_qzoom import Positions
+from .rows_qzoom import Positions, pick
 from .zoom_model_qzoom import ZoomModel
+from .zoom_pages_qzoom import Known
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,12 @@ class CoarseView:
         input_ids, valid: (B, N); `valid` is 0 on padding and on tokens that a prompt's own mask hides.
         positions: positions of all tokens.
         position_embeddings: cos and sin, each (B, N, head_dim).
-        mask: the causal mask of the pass.
+        mask: the causal mask of the columns that run.
         embeds: (B, N, D) inputs of layer 0.
         deepstack: features that the first layers add to the embeddings.
         hidden: (B, N, D) inputs of layer K; of layer 0 before the pass.
         cache: receives keys and values of the layers that run; None in training passes.
+        known: what the rows know of their first columns, which no layer runs again; None for nothing.
     """
 
     input_ids: Tensor
@@ -49,6 +52,12 @@ class CoarseView:
     deepstack: DeepStack | None
     hidden: Tensor
     cache: DynamicCache | None = None
+    known: Known | None = None
+
+    @property
+    def start(self) -> int:
+        """The first column that runs; those in front of it are known."""
+        return 0 if self.known is None else self.known.end
 
 
 def lay_out(
@@ -58,6 +67,7 @@ def lay_out(
     encoded: dict[str, VisualFeatures],
     positions: Positions,
     cache: DynamicCache | None = None,
+    known: Known | None = None,
 ) -> CoarseView:
     """A batch of prompts in front of layer 0.
 
@@ -65,19 +75,26 @@ def lay_out(
         input_ids, attention_mask: (B, N); no mask where nothing is hidden.
         encoded: features of the prompts' images and videos by kind, "image" and "video".
         cache: empty; the layers fill it.
+        known: what the rows know of their first columns.
     """
     decoder = model.vlm.get_decoder()
     embeds, deepstack = embed_prompt(model.vlm, input_ids, encoded.get("image"), encoded.get("video"))
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if known is None:
+        mask = causal_mask(decoder, embeds, attention_mask, cache)
+    else:
+        mask = mask_behind(decoder.config, embeds[:, known.end :], valid, known.end)
     return CoarseView(
         input_ids,
-        valid=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
+        valid=valid,
         positions=positions,
         position_embeddings=rotary(decoder, embeds, positions.for_decoder()),
-        mask=causal_mask(decoder, embeds, attention_mask, cache),
+        mask=mask,
         embeds=embeds,
         deepstack=deepstack,
         hidden=embeds,
         cache=cache,
+        known=known,
     )
 
 
@@ -111,24 +128,67 @@ def coarse_view(
 def run_view(
     model: ZoomModel, view: CoarseView, first: int, last: int, plans: Sequence[LayerPlan | None] | None = None
 ) -> Tensor:
-    """Decoder layers [first, last) over the view's hidden states; `plans` as for `run_layers`.
+    """Decoder layers [first, last) over the columns of a view that are not known; `plans` as for `run_layers`.
+
+    Args:
+        view: its cache holds keys and values of the known columns in these layers.
 
     Returns:
-        (B, N, D) inputs of layer `last`.
+        (B, N - start, D) inputs of layer `last`.
     """
+    start, length = view.start, view.hidden.shape[1]
+    cos, sin = (part[:, start:] for part in view.position_embeddings)
+    deepstack = view.deepstack
+    if deepstack is not None and start:
+        deepstack = deepstack.select(range(len(view.hidden)), length - start)
     return run_layers(
         model.vlm.get_decoder(),
-        view.hidden,
+        view.hidden[:, start:],
         first,
         last,
         mask=view.mask,
-        position_embeddings=view.position_embeddings,
+        position_embeddings=(cos, sin),
         cache=view.cache,
-        deepstack=view.deepstack,
+        deepstack=deepstack,
         plans=plans,
+        cached=view.valid[:, :start],
     )
 
 
 def run_to_branch(model: ZoomModel, view: CoarseView) -> CoarseView:
     """Decoder layers [0, K); the layers above do not run."""
-    return replace(view, hidden=run_view(model, view, 0, model.config.branch_layer))
+    layer_k = model.config.branch_layer
+    if view.known is None:
+        return replace(view, hidden=run_view(model, view, 0, layer_k))
+    assert view.cache is not None
+    layers, device = model.vlm.get_decoder().layers[:layer_k], view.hidden.device
+    view.known.fill(view.cache, layers, lambda page: page.lower, device)
+    hidden = run_view(model, view, 0, layer_k)
+    return replace(view, hidden=torch.cat([view.known.join(lambda page: page.hidden, hidden.device), hidden], dim=1))
+
+
+def pick_rows(model: ZoomModel, view: CoarseView, rows: list[int]) -> CoarseView:
+    """Some rows in front of layer K, in ascending order, without the padding that only longer rows needed."""
+    decoder = model.vlm.get_decoder()
+    valid = pick(view.valid, rows)
+    length = valid.shape[1] - int(valid.argmax(1).min())  # tokens hidden inside a prompt stay in place
+    valid, hidden = valid[:, -length:], pick(view.hidden, rows)[:, -length:]
+    cos, sin = (pick(part, rows)[:, -length:] for part in view.position_embeddings)
+    known = None if view.known is None else view.known.pick(rows).trim(view.valid.shape[1] - length)
+    if known is None:
+        mask = causal_mask(decoder, hidden, valid, None)
+    else:
+        mask = mask_behind(decoder.config, hidden[:, known.end :], valid, known.end)
+    assert view.cache is not None
+    return CoarseView(
+        pick(view.input_ids, rows)[:, -length:],
+        valid=valid,
+        positions=view.positions.pick(rows).last(length),
+        position_embeddings=(cos, sin),
+        mask=mask,
+        embeds=pick(view.embeds, rows)[:, -length:],
+        deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
+        hidden=hidden,
+        cache=take_last(decoder.config, view.cache, model.config.branch_layer, rows, length),
+        known=known,
+    )

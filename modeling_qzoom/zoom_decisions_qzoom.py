@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_layers_qzoom import Mask, causal_mask
+from .backbone_layers_qzoom import Mask, causal_mask, mask_behind
 from .backbone_projections_qzoom import Rotary
 from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import CropError
@@ -22,18 +22,21 @@ from .zoom_foveation_qzoom import kept_cells
 from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
+from .zoom_page_reading_qzoom import branch_past, with_gate, with_region
 from .zoom_regions_qzoom import box_to_pixels, find_region, grid_sigma, region_heatmap
 from .zoom_request_qzoom import ZoomRequest
 
 
 def branch_inputs(decoder: PreTrainedModel, view: CoarseView, rows: list[int]) -> tuple[Tensor, Mask, Rotary]:
-    """Hidden states, mask and rotary embeddings of some rows, for a branch."""
+    """What a branch needs of some rows: hidden states and mask of the columns that run, rotary embeddings of all."""
     if rows == list(range(len(view.hidden))):
-        return view.hidden, view.mask, view.position_embeddings
-    hidden = pick(view.hidden, rows)
-    mask = causal_mask(decoder, hidden, pick(view.valid, rows), None)
+        return view.hidden[:, view.start :], view.mask, view.position_embeddings
+    hidden, valid = pick(view.hidden, rows), pick(view.valid, rows)
     cos, sin = (pick(part, rows) for part in view.position_embeddings)
-    return hidden, mask, (cos, sin)
+    if view.known is None:
+        return hidden, causal_mask(decoder, hidden, valid, None), (cos, sin)
+    hidden = hidden[:, view.start :]
+    return hidden, mask_behind(decoder.config, hidden, valid, view.start), (cos, sin)
 
 
 def last_columns(view: CoarseView, rows: list[int]) -> Tensor:
@@ -53,14 +56,19 @@ def gate_logits(
 
     Args:
         options: which tokens its layers update.
-        query_columns: (rows, 1); the last prompt token by default.
+        query_columns: (rows, 1); the last prompt token by default, and always where columns are known.
     """
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
-    queries = last_columns(view, rows) if query_columns is None else query_columns
+    queries = last_columns(view, rows) - view.start if query_columns is None else query_columns
     gate = model.zoom.gate
     assert gate is not None
-    plans = gate_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows), query_columns)
-    return gate(hidden, mask, position_embeddings, queries, plans)
+    ids, valid = (pick(part, rows)[:, view.start :] for part in (view.input_ids, view.valid))
+    plans = gate_plans(model.config, options, ids, valid, query_columns)
+    past = None
+    if view.known is not None:
+        known = with_gate(model, options.gate_branch, view.known.pick(rows))
+        past = branch_past(gate, known, lambda page: page.gate, hidden.device)
+    return gate(hidden, mask, position_embeddings, queries, plans, past)
 
 
 @dataclass
@@ -94,9 +102,13 @@ def region_maps(
     queries = torch.cat([first_columns(view, rows), queries], dim=1)  # (rows, 1 + Q)
     hidden, mask, position_embeddings = branch_inputs(model.vlm.get_decoder(), view, rows)
     asking = None if query_columns is None else query_columns.to(view.hidden.device)
-    plans = region_plans(model.config, options, pick(view.input_ids, rows), pick(view.valid, rows), asking)
+    ids, valid = (pick(part, rows)[:, view.start :] for part in (view.input_ids, view.valid))
+    plans, past = region_plans(model.config, options, ids, valid, asking), None
+    if view.known is not None:
+        known = with_region(model, options.region_branch, view.known.pick(rows))
+        past = branch_past(model.zoom.region, known, lambda page: page.region, hidden.device)
     logits, first_head = model.zoom.region(
-        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans
+        hidden, mask, position_embeddings, queries, keys.to(view.hidden.device), plans, past
     )  # each (rows, 1 + Q, V)
     maps = []
     for index, row in enumerate(rows):
@@ -143,7 +155,8 @@ def decide(
     options = request.options
     # without a gate, auto means always
     asks_gate = options.zoom == "auto" and model.zoom.gate is not None
-    reports = plain_reports(model.config, view.input_ids, "gate_open" if asks_gate else "forced")
+    reason = "off" if options.zoom == "never" else "gate_open" if asks_gate else "forced"
+    reports = plain_reports(model.config, view.input_ids, reason)
     rows = [row for row, report in enumerate(reports) if report.reason in ("forced", "gate_open")]
     if rows and asks_gate:
         queries = None if query_columns is None else query_columns[rows]

@@ -17,6 +17,8 @@ ZOOM_MODES = ("auto", "always", "never")
 THRESHOLD_MODES = ("absolute", "peak")
 ALIGNMENTS = ("continuous", "sequential")
 BRANCHES = ("full", "light")
+# what a model starts with whose branches are trained here: the demo loses nothing by it (hub_release/demo/REPORT.md)
+NEW_CHECKPOINT = {"gate_branch": "light", "region_branch": "light", "keep_share": 0.1}
 CROP_BOUNDS = ("crop_min_tokens", "crop_max_tokens")
 CROP_BUDGETS = ("fixed", "need", "visionrl2")
 BLURS = ("fixed", "grid")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from .backbone_adapters_qzoom import RowAdapters, refuse_learned_prompt, row_adapters
 from .backbone_cache_qzoom import CACHE, refuse_zoomed_cache
-from .errors_qzoom import UnsupportedError
+from .errors_qzoom import InputError, UnsupportedError
 from .generation_refusals_qzoom import (
     check_padding,
     first_setting,
@@ -23,7 +23,13 @@ from .visor_configurations_qzoom import by_row, is_routed, layer_kinds
 from .zoom_crops_qzoom import crop_recipe
 from .zoom_model_qzoom import ZoomModel
 from .zoom_options_qzoom import ZoomOptions
+from .zoom_page_matching_qzoom import Prompts, pages_by_row, shared_beginnings
+from .zoom_pages_qzoom import Page
 from .zoom_request_qzoom import ZoomRequest, collect_grid_boxes, collect_sources
+
+
+_PLAIN = "With zoom='never' the plain model decides about it."
+_WITHOUT_PAGE = "With zoom='never' and without a page the plain model decides about it."
 
 
 def _checked_mask(
@@ -51,6 +57,7 @@ def plan_zoom(
     args: tuple,
     configs: Sequence[GenerationConfig],
     kwargs: dict[str, Any],
+    page: Any = None,
 ) -> ZoomRequest | None:
     """Checks the inputs of `generate`, before anything runs.
 
@@ -61,6 +68,7 @@ def plan_zoom(
         source_images, source_boxes: images in their own resolution, and the rectangles under their grids.
         args, kwargs: the other arguments of `generate`.
         configs: generation configs in force, the call's before the model's.
+        page: a page that the prompts continue from, or one (or None) per row.
 
     Returns:
         What the zooming prefill needs; None where the plain model answers.
@@ -73,8 +81,13 @@ def plan_zoom(
     refuse_zoomed_cache(cache)
     if input_ids is not None and embeds is None:
         check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
-    sparse = _sparse_rows(model, options, input_ids)
-    if options.zoom == "never" and (not (options.skip_unread or sparse) or input_ids is None or embeds is not None):
+    if isinstance(page, (list, tuple)) and all(entry is None for entry in page):
+        page = None
+    if page is not None and (input_ids is None or embeds is not None):
+        raise InputError("page: which tokens a prompt begins with is seen from input_ids only; pass them.")
+    sparse = _sparse_rows(model, options, input_ids, page)
+    is_plain = options.zoom == "never" and page is None
+    if is_plain and (not (options.skip_unread or sparse) or input_ids is None or embeds is not None):
         return None
     if input_ids is None:
         if embeds is not None:
@@ -84,31 +97,33 @@ def plan_zoom(
     if embeds is None:
         mask = _checked_mask(input_ids, mask, 0 if cache is None else cache.get_seq_length(), kwargs, configs)
     check_padding(mask)
-    if options.zoom == "never":
+    if is_plain:
         return _plain_request(model, options, input_ids, args, configs, kwargs)
     has_images = bool((input_ids == model.config.image_token_id).any())
     if has_images or not model.config.backbone.grid.has_budget:
         crop_recipe(model.config, options)  # refuses an impossible budget before anything runs
-    if not has_images:
+    if not has_images and page is None:
         if source_images is not None:
             collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
         return None
-    refuse_unsupported(args, configs, kwargs)
+    refuse_unsupported(args, configs, kwargs, _PLAIN if page is None else _WITHOUT_PAGE)
     refuse_learned_prompt(model)
     spans = check_prompt(model.config, input_ids, mask, kwargs)
-    sources = collect_sources(source_images, spans)
     adapters = row_adapters(model, len(input_ids), _repeats(configs, kwargs))
     options = _under_adapters(options, adapters)
-    grid_boxes = collect_grid_boxes(source_boxes, len(sources))
-    return ZoomRequest(options, spans, sources, grid_boxes, adapters, makes_cache=cache is None)
+    request = ZoomRequest(options, spans, [], [], adapters, makes_cache=cache is None)
+    if options.zoom != "never":
+        sources = collect_sources(source_images, spans)
+        request = replace(request, sources=sources, grid_boxes=collect_grid_boxes(source_boxes, len(sources)))
+    return _with_beginnings(model, request, page, input_ids, mask, kwargs)
 
 
-def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any) -> bool:
+def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any, page: Any) -> bool:
     """Whether a row is answered under a configuration of VISOR.
 
     Raises:
         InputError: a configuration that the checkpoint does not have, or names for another number of rows.
-        UnsupportedError: together with zooming, or with embeddings, which hide where visual tokens are.
+        UnsupportedError: together with zooming or a page, or with embeddings, which hide where visual tokens are.
     """
     names = by_row(options.vision, 1 if input_ids is None else len(input_ids))
     visor = model.config.visor
@@ -117,6 +132,11 @@ def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any) -> bool
         raise UnsupportedError(
             f"vision={options.vision!r} does not go with zoom={options.zoom!r} yet; pass zoom='never', or "
             "vision='dense'."
+        )
+    if sparse and page is not None:
+        raise UnsupportedError(
+            f"vision={options.vision!r} does not go with a page, which was read by all layers; leave the page out, or "
+            "pass vision='dense'."
         )
     if sparse and input_ids is None:
         raise UnsupportedError(
@@ -147,6 +167,49 @@ def _repeats(configs: Sequence[GenerationConfig], kwargs: dict[str, Any]) -> int
     """How often `generate` repeats each row."""
     counts = (first_setting(name, kwargs, configs) for name in ("num_beams", "num_return_sequences"))
     return max(count for count in (1, *counts) if isinstance(count, int))
+
+
+def _with_beginnings(
+    model: ZoomModel,
+    request: ZoomRequest,
+    page: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> ZoomRequest:
+    """The request with what its rows need not run themselves: pages, and beginnings that they share.
+
+    Args:
+        input_ids, attention_mask: (B, N), checked.
+        kwargs: keyword arguments of `generate`, checked.
+
+    Raises:
+        InputError: a prompt that does not begin with its page, or a page that this model has not read.
+        UnsupportedError: a page in a call with adapters by row.
+    """
+    if page is not None and request.adapters is not None:
+        raise UnsupportedError(
+            "page: adapter_names and activated LoRA give every row layers of its own, but a page was read with one "
+            "set of weights; leave page out."
+        )
+    has_own_positions = kwargs.get("position_ids") is not None
+    if page is not None and has_own_positions:
+        raise UnsupportedError(
+            "page: it was read at the positions that the model gives its tokens; leave position_ids out."
+        )
+    rows = len(input_ids)
+    may_share = rows > 1 and request.adapters is None and request.options.skips_unread and not has_own_positions
+    if page is None and not may_share:
+        return request
+    prompts = Prompts.of(model.config, input_ids, attention_mask, request.spans, kwargs)
+    pages: list[Page | None] = [None] * rows
+    if page is not None:
+        pages = pages_by_row(model, page, prompts)
+    if not may_share:
+        return replace(request, pages=pages)
+    alone = [row for row, read in enumerate(pages) if read is None]
+    shared, same_images = shared_beginnings(prompts, alone)
+    return replace(request, pages=pages, shared=shared, same_images=same_images)
 
 
 def _under_adapters(options: ZoomOptions, adapters: RowAdapters | None) -> ZoomOptions:

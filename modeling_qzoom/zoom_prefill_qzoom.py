@@ -7,13 +7,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_cache_qzoom import LayerMasks, layer_states, set_layer_states, take_last
-from .backbone_layers_qzoom import causal_mask
+from .backbone_cache_qzoom import LayerMasks, layer_states, set_layer_states
 from .backbone_plans_qzoom import LayerPlan, last_token_plan
+from .report_qzoom import ZoomReport
 from .rows_qzoom import Positions, pad_left, pick
-from .zoom_coarse_qzoom import CoarseView, lay_out, run_to_branch, run_view
+from .zoom_coarse_qzoom import CoarseView, lay_out, pick_rows, run_to_branch, run_view
 from .zoom_decisions_qzoom import decide
+from .zoom_fusion_qzoom import PlacedCrop
 from .zoom_model_qzoom import ZoomModel
+from .zoom_page_reading_qzoom import known_tokens, open_pages, with_upper
+from .zoom_pages_qzoom import Page
 from .zoom_request_qzoom import ZoomRequest
 from .zoom_second_pass_qzoom import fused_prefill
 
@@ -70,51 +73,70 @@ def zoom_prefill(
         input_ids, attention_mask: (B, N); no mask where nothing is padded.
         cache: empty; filled.
     """
-    layer_k, last_layer = model.config.branch_layer, len(model.vlm.get_decoder().layers)
-    view = lay_out(model, input_ids, attention_mask, request.encoder_outputs, positions, cache)
-    view = run_to_branch(model, view)
-    reports, crops = decide(model, request, view)
-    request.reports.extend(reports)
+    layers = len(model.vlm.get_decoder().layers)
+    pages = open_pages(model, request, input_ids, attention_mask, positions)
+    groups = _groups(pages)
+    parts: list[_Part] = []
+    reports: dict[int, ZoomReport] = {}
+    for rows in groups:
+        asked = request if len(groups) == 1 else request.pick(rows)
+        view = lay_out(
+            model,
+            pick(input_ids, rows),
+            None if attention_mask is None else pick(attention_mask, rows),
+            asked.encoder_outputs,
+            positions.pick(rows),
+            cache if len(groups) == 1 else DynamicCache(config=model.vlm.get_decoder().config),
+            known_tokens(pages, rows, attention_mask, input_ids.shape[1]),
+        )
+        view = run_to_branch(model, view)
+        decided, crops = decide(model, asked, view)
+        reports |= zip(rows, decided)
+        parts += [replace(part, rows=[rows[row] for row in part.rows]) for part in _finish(model, asked, view, crops)]
+    request.reports.extend(reports[row] for row in range(len(input_ids)))
+    if not any(report.zoomed for report in reports.values()):  # the rows are padded as the prompts are
+        return Prefill(_merge(parts, cache, 0, layers).last_hidden if len(parts) > 1 else parts[0].last_hidden)
+    return _merge(parts, cache, model.config.branch_layer, layers)
+
+
+def _groups(pages: list[Page | None]) -> list[list[int]]:
+    """Rows that run together: those that continue from pages, and those that run from their first token on."""
+    reading = [row for row, page in enumerate(pages) if page is None]
+    continuing = [row for row, page in enumerate(pages) if page is not None]
+    return [rows for rows in (reading, continuing) if rows]
+
+
+def _finish(model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]) -> list[_Part]:
+    """Layers [K, L) of rows that run together: on the fused sequences of those that zoom, and on the others' own."""
     if not crops:
-        plans = _upper_plans(request, view.valid, last_layer - layer_k)
-        return Prefill(run_view(model, view, layer_k, last_layer, plans)[:, -1])
+        return [_keep_coarse(model, request, view, list(range(len(view.hidden))))]
+    if view.known is not None and any(crop.kept is None for crop in crops):
+        view = replace(view, known=with_upper(model, view.known))  # once for those that zoom and those that do not
     zoomed = [crop.row for crop in crops]
-    skipped = [row for row in range(len(input_ids)) if row not in zoomed]
+    skipped = [row for row in range(len(view.hidden)) if row not in zoomed]
     parts = [_Part(zoomed, *fused_prefill(model, request, view, crops))]
     if skipped:
         with run_rows(request.adapters, skipped):
-            parts.append(_resume(model, request, view, skipped, cache))
-    return _merge(parts, cache, layer_k, last_layer)
+            parts.append(_keep_coarse(model, request, pick_rows(model, view, skipped), skipped))
+    return parts
 
 
-def _upper_plans(request: ZoomRequest, valid: Tensor, count: int) -> list[LayerPlan | None] | None:
-    """Plans of the `count` layers [K, L) for rows that keep the coarse view."""
-    if not request.options.skips_unread:
-        return None
-    return [None] * (count - 1) + [last_token_plan(valid)]
+def _keep_coarse(model: ZoomModel, request: ZoomRequest, view: CoarseView, rows: list[int]) -> _Part:
+    """Layers [K, L) over prompts as they are.
 
-
-def _resume(model: ZoomModel, request: ZoomRequest, view: CoarseView, rows: list[int], cache: DynamicCache) -> _Part:
-    """Layers [K, L) for the rows that keep the coarse view, without the padding that only longer rows needed."""
-    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
-    valid = pick(view.valid, rows)
-    length = valid.shape[1] - int(valid.argmax(1).min())  # tokens hidden inside a prompt stay in place
-    valid = valid[:, -length:]
-    hidden = pick(view.hidden, rows)[:, -length:]
-    cos, sin = (pick(part, rows)[:, -length:] for part in view.position_embeddings)
-    part = replace(
-        view,
-        valid=valid,
-        positions=view.positions.pick(rows).last(length),
-        position_embeddings=(cos, sin),
-        mask=causal_mask(decoder, hidden, valid, None),
-        deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
-        hidden=hidden,
-        cache=take_last(decoder.config, cache, layer_k, rows, length),
-    )
-    last = len(decoder.layers)
-    hidden = run_view(model, part, layer_k, last, _upper_plans(request, valid, last - layer_k))
-    return _Part(rows, hidden[:, -1], part.cache, Positions(part.positions.values.float()), valid, valid)
+    Args:
+        rows: indices of the view's rows.
+    """
+    layers, layer_k = model.vlm.get_decoder().layers, model.config.branch_layer
+    assert view.cache is not None
+    if view.known is not None:
+        known = with_upper(model, view.known)
+        known.fill(view.cache, layers[layer_k:], lambda page: page.upper or (), view.hidden.device)
+    plans: list[LayerPlan | None] = [None] * (len(layers) - layer_k)
+    if request.options.skips_unread:
+        plans[-1] = last_token_plan(view.valid[:, view.start :])
+    hidden = run_view(model, view, layer_k, len(layers), plans)
+    return _Part(rows, hidden[:, -1], view.cache, Positions(view.positions.values.float()), view.valid, view.valid)
 
 
 def _merge(parts: list[_Part], cache: DynamicCache, layer_k: int, layers: int) -> Prefill:

@@ -2,20 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backbone_adapters_qzoom import RowAdapters
+from .backbones_qzoom import token_grid_of
+from .configuration_qzoom import QZoomConfig
 from .errors_qzoom import InputError
 from .messages_qzoom import shown
 from .processing_images_qzoom import ImageSlot, load_rgb, source_tensor
 from .prompt_qzoom import ImageSpan, VisualFeatures
 from .report_qzoom import ZoomReport
+from .rows_qzoom import pick
 from .source_images_qzoom import SourceInput, as_uint8, unpack_images
 from .zoom_options_qzoom import ZoomOptions
+from .zoom_page_matching_qzoom import SharedBeginning
+from .zoom_pages_qzoom import Page
 from .zoom_regions_qzoom import Rectangle
 
 
@@ -37,6 +43,9 @@ class ZoomRequest:
         expand_size: how often `generate` repeats each row (beams, return sequences).
         adapters: what peft gives the layers of this call by row, None for nothing.
         makes_cache: whether `generate` makes the cache of this call, which may then be replaced by a longer one.
+        pages: per row, the page that it continues from; None where it has none.
+        shared: groups of the other rows that begin alike.
+        same_images: for images that need not be encoded, the equal one, by index.
         encoder_outputs: encoded images and videos of the distinct rows.
         reports: an empty list, which the prefill fills with one report per distinct row; copies share it.
     """
@@ -48,8 +57,71 @@ class ZoomRequest:
     adapters: RowAdapters | None = None
     expand_size: int = 1
     makes_cache: bool = True
+    pages: list[Page | None] = field(default_factory=list)
+    shared: list[SharedBeginning] = field(default_factory=list)
+    same_images: dict[int, int] = field(default_factory=dict)
     encoder_outputs: dict[str, VisualFeatures] = field(default_factory=dict)
     reports: list[ZoomReport] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row may zoom, or knows any of its tokens."""
+        return self.options.zoom == "never" and not any(self.pages)
+
+    def pick(self, rows: list[int]) -> "ZoomRequest":
+        """The part of the request that some rows are concerned with, in a call without videos or adapters by row."""
+        spans = [self.spans[row] for row in rows]
+        images = [span.index for row in spans for span in row]
+        features = {"image": self.encoder_outputs["image"].pick(images)} if images else {}
+        return replace(self, spans=spans, encoder_outputs=features)
+
+    def unread_images(self) -> list[int] | None:
+        """Indices of the images that the vision tower has to see; None for all of them."""
+        known = set(self.same_images) | set(self._images_of_pages())
+        images = sum(len(row) for row in self.spans)
+        return [image for image in range(images) if image not in known] if known else None
+
+    def with_features(self, encoded: dict[str, VisualFeatures]) -> "ZoomRequest":
+        """The request with the features of all images.
+
+        Args:
+            encoded: what was encoded: by kind, images (of `unread_images`) and videos.
+        """
+        unread = self.unread_images()
+        if unread is None:
+            return replace(self, encoder_outputs=encoded)
+        found = self._images_of_pages()
+        if unread:
+            found |= {image: encoded["image"].pick([place]) for place, image in enumerate(unread)}
+        found |= {image: found[equal] for image, equal in self.same_images.items()}
+        return replace(self, encoder_outputs={"image": VisualFeatures.join([found[image] for image in sorted(found)])})
+
+    def _images_of_pages(self) -> dict[int, VisualFeatures]:
+        """Features of the images that stand on the rows' pages, by index."""
+        return {
+            self.spans[row][image].index: page.beginning.images.pick([image])
+            for row, page in enumerate(self.pages)
+            if page is not None
+            for image in range(len(page.digests))
+        }
+
+
+def unread_inputs(config: QZoomConfig, request: ZoomRequest, vision: dict[str, Any]) -> dict[str, Any]:
+    """The visual inputs of a call without those that nobody needs to look at again.
+
+    Args:
+        vision: keyword arguments of a call by name.
+    """
+    unread, pixels = request.unread_images(), vision.get("pixel_values")
+    if unread is None or pixels is None:
+        return vision
+    kept = {name: value for name, value in vision.items() if name not in ("pixel_values", "image_grid_thw")}
+    if not unread:
+        return kept
+    grids = vision.get("image_grid_thw")
+    parts = token_grid_of(config.vlm_config).image_pixels(pixels, grids)
+    kept["pixel_values"] = torch.cat([parts[image] for image in unread])
+    return kept if grids is None else {**kept, "image_grid_thw": pick(grids, unread)}
 
 
 def as_source(slot: ImageSlot) -> Tensor:

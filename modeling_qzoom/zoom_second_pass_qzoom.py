@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import take_columns
-from .backbone_layers_qzoom import causal_mask, rotary, run_layers
+from .backbone_layers_qzoom import causal_mask, mask_behind, rotary, run_layers
 from .backbone_plans_qzoom import LayerPlan, last_of, last_token_plan
 from .prompt_qzoom import VisualFeatures
 from .rows_qzoom import Positions, length_mask, pad_left
@@ -17,6 +17,8 @@ from .zoom_coarse_qzoom import CoarseView
 from .zoom_crops_qzoom import encode_crops
 from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embeds, plan_rows, upper_plan
 from .zoom_model_qzoom import ZoomModel
+from .zoom_page_reading_qzoom import with_upper
+from .zoom_pages_qzoom import Known
 from .zoom_request_qzoom import ZoomRequest
 
 
@@ -130,19 +132,34 @@ def fused_prefill(
     positions = Positions.stack([row.positions for row in rows], length)
     levels = 0 if view.deepstack is None else len(view.deepstack.levels)
     plan, last = upper_plan(rows, length, hidden.device), len(decoder.layers)
+    start = 0
+    if plan is None and view.known is not None:  # a plan leaves tokens out, which the page's own states have seen
+        known = _known_in_front(with_upper(model, view.known), rows, length)
+        known.fill(cache, decoder.layers[layer_k:], lambda page: page.upper or (), hidden.device)
+        start = known.end
+    hidden, running = hidden[:, start:], mask[:, start:]
+    deepstack = fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None
     plans: list[LayerPlan | None] = [plan] * (last - layer_k)
     if request.options.skips_unread:
-        plans[-1] = last_token_plan(mask) if plan is None else last_of(plan)
+        plans[-1] = last_token_plan(running) if plan is None else last_of(plan)
     with run_rows(request.adapters, [row.row for row in rows], _inserted_at(rows)):
         hidden = run_layers(
             decoder,
             hidden,
             layer_k,
             last,
-            mask=causal_mask(decoder, hidden, mask, None),
-            position_embeddings=rotary(decoder, hidden, positions.for_decoder()),
+            mask=mask_behind(decoder.config, hidden, mask, start),
+            position_embeddings=rotary(decoder, hidden, positions.last(length - start).for_decoder()),
             cache=cache,
-            deepstack=fused_deepstack(view, rows, features, length, full=True) if levels > layer_k else None,
+            deepstack=deepstack.select(range(len(rows)), length - start) if deepstack is not None else None,
             plans=plans,
+            cached=mask[:, :start],
         )
     return hidden[:, -1], cache, positions, mask, mask if plan is None else plan.mask
+
+
+def _known_in_front(known: Known, rows: list[FusedRow], length: int) -> Known:
+    """What fused rows know of their prefixes, left-padded to `length`: no more than stands in front of the crop."""
+    known = known.pick([row.row for row in rows])
+    counts = [min(count, len(row.prefix)) for count, row in zip(known.counts, rows)]
+    return Known.of(known.pages, [length - row.length for row in rows], counts)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modeling_qzoom import QZoomForConditionalGeneration, ZoomReport
 from tests.families import FAMILY
-from tests.tiny import Row, make_inputs, tiny_vlm
+from tests.tiny import EVERY_TOKEN, Row, make_inputs, tiny_vlm
 
 
 ZOOM_CONFIG = {name: family.budget() for name, family in FAMILY.items()}
@@ -40,7 +40,7 @@ def attach(vlm, family: str, **kwargs) -> QZoomForConditionalGeneration:
     """A model with branches of its own, always the same, on a plain VLM or its folder."""
     torch.manual_seed(0)  # the gate's head is random
     model = QZoomForConditionalGeneration.from_backbone(
-        vlm, branch_layer=3, branch_depth=2, zoom_config=ZOOM_CONFIG[family], **kwargs
+        vlm, branch_layer=3, branch_depth=2, zoom_config={**EVERY_TOKEN, **ZOOM_CONFIG[family]}, **kwargs
     )
     return perturb_branches(model)
 

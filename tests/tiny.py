@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 FAMILIES = tuple(FAMILY)
+# every token in every layer, as in checkpoints that do not say otherwise
+EVERY_TOKEN = {"gate_branch": "full", "region_branch": "full", "keep_share": 1.0}
 llava_tokenizer = LLAVA.tokenizer
 
 
@@ -58,7 +60,7 @@ def tiny_model(
         tiny_vlm(family, seed, layers),
         branch_layer=branch_layer,
         branch_depth=branch_depth,
-        zoom_config={**FAMILY[family].budget(), **zoom_config},
+        zoom_config={**FAMILY[family].budget(), **EVERY_TOKEN, **zoom_config},
     )
     torch.manual_seed(seed + 1)
     with torch.no_grad():

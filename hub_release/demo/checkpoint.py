@@ -45,6 +45,9 @@ def attach_branches(
         "region_threshold_mode": "peak",
         "image_mean": [IMAGE_MEAN] * 3,
         "image_std": [IMAGE_STD] * 3,
+        "gate_branch": "full",
+        "region_branch": "full",
+        "keep_share": 1.0,  # until the finished branches are made light
     }
     return QZoomForConditionalGeneration.from_backbone(
         vlm, branch_layer=branch_layer, branch_depth=branch_depth, zoom_config=fixed | fields

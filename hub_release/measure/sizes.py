@@ -104,8 +104,44 @@ _QWEN3_4B = {
     **_QWEN_TOKENS,
 }
 
+_LLAVA_7B = {
+    "model_type": "llava",
+    "tie_word_embeddings": False,
+    "image_token_id": 32000,
+    "image_seq_length": 576,
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+
+# of the memory table
 MODELS = {
     "3B": ModelRow("Qwen2.5-VL-3B", _qwen2_5(2048, 11008, 36, 16, 2, 151936, tied=True), branch_layer=24),
     "4B": ModelRow("Qwen3-VL-4B", _QWEN3_4B, branch_layer=24),
     "7B": ModelRow("Qwen2.5-VL-7B", _qwen2_5(3584, 18944, 28, 28, 4, 152064, tied=False), branch_layer=18),
+}
+# of the benchmark, by the names that its command line takes
+BACKBONES = {
+    "qwen2.5-vl-3b": MODELS["3B"],
+    "qwen2.5-vl-7b": MODELS["7B"],
+    "qwen3-vl-4b": MODELS["4B"],
+    "llava-1.5-7b": ModelRow("LLaVA-1.5-7B", _LLAVA_7B, branch_layer=15),
 }

@@ -12,7 +12,7 @@ class DataConfig:
     data: str = option(
         "",
         "JSONL or parquet file, hub:NAME or a folder of datasets.save_to_disk, or drawn:SPLIT for pages of the "
-        "benchmark",
+        "benchmark, drawn:SPLIT/varied for those of the extra 'pages', drawn:SPLIT/letters for codes with letters",
     )
     images: str | None = option(None, "folder that image paths are relative to; the data file's own by default")
     image_key: str = option("image", "name of the column of images")

@@ -1,6 +1,8 @@
 """Options of commands: fields of dataclasses that carry their own help."""
 
+import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import field
 from typing import TypeVar
 
@@ -33,3 +35,15 @@ def check_positive(options: object, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A parser of an argument that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.strip().lstrip("+-").isdigit() else least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return number
+
+    return parse

@@ -83,7 +83,8 @@ def load_rows(config: DataConfig, needs_answer: bool = False) -> Rows:
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit must be at least 1, got {config.limit}.")
     if config.data.startswith(DRAWN):
-        return drawn_rows(config.data.removeprefix(DRAWN), config.limit or 1000, config.seed)
+        split, slash, pages = config.data.removeprefix(DRAWN).partition("/")
+        return drawn_rows(split, config.limit or 1000, config.seed, pages if slash else "plain")
     bad, rows, digest = BadRows(config.data), [], hashlib.sha256()
     seen: set[str] = set()
     records, folder = read_records(config, bad)

@@ -12,7 +12,6 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from .. import QZoomForConditionalGeneration, QZoomProcessor
 from ..asking.answers import BATCH_SIZE
 from ..asking.budgets import coarse_budget
 from ..data.config import DataConfig
-from ..data.drawn.pages import SPLITS
+from ..data.drawn.pages import PAGE_SETTINGS, SPLITS
 from ..data.files import check_output_file, damage_named
+from ..data.options import whole_number
 from ..data.readers import load_rows
 from ..zoom_options_qzoom import OPTION_NAMES
 from .arms import MAX_NEW_TOKENS, ArmRunner
@@ -40,21 +40,9 @@ SPLIT, SEED = "test", 0
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        number = int(text) if text.strip().lstrip("+-").isdigit() else least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return number
-
-    return parse
-
-
 def _budgets(text: str) -> tuple[int, ...]:
     """Budgets in tokens, separated by commas; an empty text for none."""
-    return tuple(_whole(1)(part) for part in text.split(",")) if text.strip() else ()
+    return tuple(whole_number(1)(part) for part in text.split(",")) if text.strip() else ()
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -82,11 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default=DRAWN, metavar="synthetic|FILE", help="drawn pages, or a data file")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="where a data file's image paths start")
     parser.add_argument("--split", choices=SPLITS, help=f"split of the drawn pages ({SPLIT})")
+    parser.add_argument("--pages", choices=PAGE_SETTINGS, help="how the pages are drawn (plain)")
     parser.add_argument(
-        "--seed", type=_whole(0), help="any seed gives fresh pages, or another choice of --rows from a data file (0)"
+        "--seed",
+        type=whole_number(0),
+        help="any seed gives fresh pages, or another choice of --rows from a data file (0)",
     )
     parser.add_argument(
-        "--rows", type=_whole(2), help=f"fine and coarse rows together ({ROWS}); at most so many of a data file (all)"
+        "--rows",
+        type=whole_number(2),
+        help=f"fine and coarse rows together ({ROWS}); at most so many of a data file (all)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write figures and conditions here")
     parser.add_argument("--effort", metavar="PRESET", help="preset of the checkpoint to measure")
@@ -94,13 +87,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="zoom option of generate"
     )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
-    parser.add_argument("--batch-size", type=_whole(1), default=BATCH_SIZE)
-    parser.add_argument("--max-new-tokens", type=_whole(1), help=f"{MAX_NEW_TOKENS}, or {FILE_NEW_TOKENS} for a file")
+    parser.add_argument("--batch-size", type=whole_number(1), default=BATCH_SIZE)
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(1), help=f"{MAX_NEW_TOKENS}, or {FILE_NEW_TOKENS} for a file"
+    )
     parser.add_argument(
         "--ladder", type=_budgets, help=f"budgets of the plain model in tokens ({','.join(map(str, LADDER))})"
     )
     parser.add_argument(
-        "--ladder-rows", type=_whole(0), help=f"rows that run ladder and presets ({LADDER_ROWS}); 0 for no ladder"
+        "--ladder-rows",
+        type=whole_number(0),
+        help=f"rows that run ladder and presets ({LADDER_ROWS}); 0 for no ladder",
     )
     parser.add_argument("--pareto", type=Path, metavar="FILE.png", help="draw accuracy over visual tokens")
     parser.add_argument("--page-kinds", action="store_true", help="also the summary by kind of page")
@@ -140,7 +137,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if twice:
         raise ValueError(f"--option gives {', '.join(twice)} more than once.")
     is_drawn = arguments.data == DRAWN
-    idle = {"images": "drawn pages"} if is_drawn else {"split": "a data file", "page_kinds": "a data file"}
+    idle = {"images": "drawn pages"} if is_drawn else dict.fromkeys(("split", "pages", "page_kinds"), "a data file")
     if not is_drawn and arguments.rows is None and not arguments.quick:
         idle["seed"] = "a data file without --rows"
     for name, data in idle.items():
@@ -163,6 +160,7 @@ def conditions(runner: ArmRunner, arguments: argparse.Namespace, rows: int, seco
         "data": arguments.data,
         "rows": rows,
         "split": arguments.split or SPLIT if is_drawn else None,
+        "pages": arguments.pages or "plain" if is_drawn else None,
         "seed": arguments.seed or SEED,
         "coarse_budget": list(runner.coarse) if runner.coarse else None,
         "crop_budget": [recipe.min_tokens, recipe.max_tokens] if recipe.grid.has_budget else None,
@@ -170,6 +168,9 @@ def conditions(runner: ArmRunner, arguments: argparse.Namespace, rows: int, seco
         "crop_rule": used.crop_budget,
         "region_threshold": [used.region_threshold, used.region_threshold_mode],
         "region_rules": [used.region_blur, used.region_min_peak, used.region_min_contrast],
+        "branches": {"gate": used.gate_branch, "region": used.region_branch},
+        "keep_share": used.keep_share,
+        "skip_unread": used.skips_unread,
         "effort": arguments.effort,
         "auto": "derived from the arms 'always' and 'never'" if is_drawn else "run",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -209,7 +210,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     seed = arguments.seed or SEED
     if is_drawn:
-        result = measure_drawn(runner, arguments.split or SPLIT, seed, rows, arguments.page_kinds)
+        result = measure_drawn(
+            runner, arguments.split or SPLIT, seed, rows, arguments.page_kinds, arguments.pages or "plain"
+        )
     else:
         images = None if arguments.images is None else str(arguments.images)
         loaded = load_rows(DataConfig(data=arguments.data, images=images, limit=rows, seed=seed))

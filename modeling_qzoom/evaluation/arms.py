@@ -16,10 +16,11 @@ from .. import QZoomForConditionalGeneration, QZoomProcessor
 from ..asking.answers import BATCH_SIZE, Answer, answer_batch, in_batches, prepare
 from ..asking.budgets import Budget, coarse_budget, plain_budget
 from ..asking.config import ModelConfig
-from ..asking.cost import PrefillCost
+from ..asking.cost import answer_flops
 from ..asking.gating import HELD_OPEN, derive_auto
 from ..asking.metrics import Truth, anls, exact_match, relaxed_match
 from ..asking.session import Session
+from ..cost_qzoom import PrefillCost
 from ..zoom_options_qzoom import ZoomOptions, resolve_options
 from ..zoom_regions_qzoom import Box
 from .figures import Outcome, Record
@@ -76,7 +77,7 @@ def to_outcome(answer: Answer, truth: Truth, cost: PrefillCost) -> Outcome:
         gate_probability=report.gate_probability,
         box=report.box,
         visual_tokens=answer.visual_tokens,
-        flops=cost.of_answer(answer),
+        flops=answer_flops(cost, answer),
     )
 
 

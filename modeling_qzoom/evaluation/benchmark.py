@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from ..data.drawn.questions import PAGE_KINDS, DrawnRow, draw_rows
+from ..data.drawn.pages import named_settings
+from ..data.drawn.questions import DrawnRow, draw_rows, page_kinds
 from ..data.rows import Row
 from .arms import ArmRunner, Item
 from .figures import Figures, Record, add_costs, beside_summary, exact, ladder_point, pick, score_table, summarize
@@ -40,7 +41,12 @@ def drawn_items(rows: Iterable[DrawnRow]) -> Iterator[Item]:
 
 
 def measure_drawn(
-    runner: ArmRunner, split: str = "test", seed: int = 0, rows: int = 2000, by_page_kind: bool = False
+    runner: ArmRunner,
+    split: str = "test",
+    seed: int = 0,
+    rows: int = 2000,
+    by_page_kind: bool = False,
+    pages: str = "plain",
 ) -> dict[str, Any]:
     """All figures on freshly drawn pages.
 
@@ -50,21 +56,23 @@ def measure_drawn(
         seed: seed of the pages.
         rows: number of `fine` and `coarse` rows together; `multi` and `absent` rows come on top.
         by_page_kind: whether to give the summary of each kind of page.
+        pages: how the pages are drawn, a name of `PAGE_SETTINGS`.
 
     Returns:
         `summary`, `intervals`, `by_page_kind`, `other` and `ladder`.
 
     Raises:
         ValueError: an unknown split or fewer than two rows.
-        ImportError: the split "shifted" without matplotlib.
+        ImportError: the split "shifted" without matplotlib, or varied pages without the extra `pages`.
     """
     if rows < 2:
         raise ValueError(f"The benchmark needs at least two rows, one fine and one coarse, got {rows}.")
-    records = list(runner.run(drawn_items(draw_rows(split, seed, rows))))
+    settings = named_settings(pages)
+    records = list(runner.run(drawn_items(draw_rows(split, seed, rows, settings=settings))))
     extra: list[Record] = []
     for kind in ("multi", "absent"):
-        pages = draw_rows(split, seed, max(1, rows // EXTRA_SHARE), (kind,))
-        extra += runner.run(drawn_items(pages), derive=False, ladder=False)
+        drawn = draw_rows(split, seed, max(1, rows // EXTRA_SHARE), (kind,), settings)
+        extra += runner.run(drawn_items(drawn), derive=False, ladder=False)
     summary, other = summarize(records), beside_summary(records, extra)
     result = _result(summary, other, _ladder(runner, records))
     result["other"] |= {
@@ -75,7 +83,7 @@ def measure_drawn(
         "scores": score_table([*records, *extra]),
     }
     if by_page_kind:
-        result["by_page_kind"] = {kind: _page_kind(records, kind) for kind in PAGE_KINDS}
+        result["by_page_kind"] = {kind: _page_kind(records, kind) for kind in page_kinds(settings)}
     return result
 
 

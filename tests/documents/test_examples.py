@@ -111,6 +111,14 @@ def test_several_images(run):
     assert re.match(r"looked at image [01] of 2, ", looked)
 
 
+def test_one_page_many_questions(run):
+    *answers, saved, together = run("one_page_many_questions").splitlines()
+    assert len(answers) == 10 and all(re.search(rf" ({'|'.join(REASONS)})$", line) for line in answers)
+    own, whole = map(int, re.match(r"(\d+) prompt tokens instead of (\d+) ", saved).groups())
+    assert own < 0.4 * whole and "Page(" in saved
+    assert together == "the same answers from one call: True"
+
+
 def test_use_pipeline(run):
     *answers, both = run("use_pipeline").splitlines()
     assert [answer.split()[0] for answer in answers] == ["zoom=never", "zoom=auto", "zoom=always"]

@@ -30,6 +30,7 @@ def stops(capfd, run, name: str, *given: str) -> str:
         ("chat_turns", ["--image", "/tmp"], "there is no file '/tmp'"),
         ("dial", ["--image", ""], "there is no file"),
         ("overlay", ["--image", "/no/such.png"], "there is no file"),
+        ("one_page_many_questions", ["--image", "/no/such.png"], "there is no file"),
         ("several_images", ["--images", "/no/such.png"], "there is no file"),
         ("train_own_data", ["--data", "/no/such.jsonl"], "there is no file"),
         ("train_own_data", ["--steps", "-1"], "'-1' is not a whole number of at least 1"),

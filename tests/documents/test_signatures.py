@@ -8,18 +8,22 @@ import pytest
 
 import modeling_qzoom
 from modeling_qzoom import (
+    Page,
     QZoomConfig,
     QZoomForConditionalGeneration,
     QZoomOutput,
     QZoomProcessor,
     ZoomReport,
     overlay,
+    zoom_cost,
 )
 from modeling_qzoom.zoom_options_qzoom import ZoomOptions
 
 
 CALLABLES: dict[str, Callable] = {
     "generate": QZoomForConditionalGeneration.generate,
+    "read_page": QZoomForConditionalGeneration.read_page,
+    "Page.to": Page.to,
     "forward": inspect.unwrap(QZoomForConditionalGeneration.forward),
     "from_backbone": QZoomForConditionalGeneration.from_backbone,
     "from_pretrained": QZoomForConditionalGeneration.from_pretrained,
@@ -32,29 +36,47 @@ CALLABLES: dict[str, Callable] = {
     "QZoomProcessor.from_backbone": QZoomProcessor.from_backbone,
     "ZoomReport.overlay": ZoomReport.overlay,
     "overlay": overlay,
+    "zoom_cost": zoom_cost,
+    "QZoomForConditionalGeneration.zoom_cost": QZoomForConditionalGeneration.zoom_cost,
 }
 PUBLIC = [
     "CheckpointError",
     "InputError",
+    "Page",
     "QZoomConfig",
     "QZoomError",
     "QZoomForConditionalGeneration",
     "QZoomOutput",
     "QZoomProcessor",
     "UnsupportedError",
+    "ZoomCost",
     "ZoomReport",
     "overlay",
+    "zoom_cost",
 ]
 # parameters in order; those after "*" are keywords
 SIGNATURES = {
+    "zoom_cost": (
+        "(config, image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, "
+        "crop_tokens=None, box=None, generation_configs=(), **options)"
+    ),
+    "QZoomForConditionalGeneration.zoom_cost": (
+        "(image_size, *, text_tokens=64, prefix_tokens=15, min_tokens=None, max_tokens=None, crop_tokens=None, "
+        "box=None, **options)"
+    ),
     "generate": (
         "(inputs=None, generation_config=None, *args, source_images=None, source_boxes=None, zoom=None, "
         "effort=None, gate_threshold=None, region_threshold=None, region_threshold_mode=None, "
         "crop_min_tokens=None, crop_max_tokens=None, position_alignment=None, crop_budget=None, "
         "crop_target_tokens=None, region_blur=None, region_min_peak=None, region_min_contrast=None, "
         "gate_branch=None, region_branch=None, keep_share=None, keep_margin=None, skip_unread=None, vision=None, "
-        "return_zoom_reports=None, zoom_reports=None, **kwargs)"
+        "return_zoom_reports=None, zoom_reports=None, page=None, **kwargs)"
     ),
+    "read_page": (
+        "(input_ids, attention_mask=None, *, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None, "
+        "source_images=None, source_boxes=None, gate_branch=None, region_branch=None, **others)"
+    ),
+    "Page.to": "(device)",
     "forward": (
         "(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, "
         "inputs_embeds=None, labels=None, use_cache=None, pixel_values=None, image_grid_thw=None, "

@@ -12,7 +12,7 @@ from modeling_qzoom import QZoomForConditionalGeneration, QZoomProcessor
 from tests.families import FAMILY
 from tests.official_fixtures import DEPTH, assert_same_weights, shard, write_folder
 from tests.processing_fixtures import chat, noise, process
-from tests.tiny import Row, make_inputs, qwen_tokenizer, tiny_model, vlm_config
+from tests.tiny import EVERY_TOKEN, Row, make_inputs, qwen_tokenizer, tiny_model, vlm_config
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,9 @@ def test_converted_model_answers_as_the_original(tmp_path):
     torch.manual_seed(0)
     vlm = AutoModelForImageTextToText.from_config(config).eval()
     budget = {"min_tokens": 4, "max_tokens": 24}
-    model = QZoomForConditionalGeneration.from_backbone(vlm, branch_layer=3, branch_depth=DEPTH, zoom_config=budget)
+    model = QZoomForConditionalGeneration.from_backbone(
+        vlm, branch_layer=3, branch_depth=DEPTH, zoom_config={**budget, **EVERY_TOKEN}
+    )
     inputs = make_inputs("qwen2_5_vl", [Row(["look", None, "what?"], [(4, 5)])])
     options = {"zoom": "always", "region_threshold": 0.0, "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(**inputs, **options)

@@ -11,6 +11,7 @@ from modeling_qzoom.backbone_layers_qzoom import causal_mask, rotary, run_layers
 from modeling_qzoom.backbone_plans_qzoom import (
     asking_token_plan,
     frozen_plan,
+    keys_only_plan,
     last_token_plan,
     subset_plan,
 )
@@ -107,6 +108,40 @@ def test_plans_may_change_from_layer_to_layer(family):
         updated = batch.run(layer, layer + 1, hidden=expected)
         expected = torch.where(frozen[..., None], expected, updated) if layer % 2 else updated
     batch.assert_close(ours, expected)
+
+
+@families
+@pytest.mark.parametrize("kind", ["all", "frozen", "last", "keys only"])
+def test_a_plan_on_top_of_cached_tokens_equals_one_run_over_all(family, kind):
+    """Padding in front of the cached tokens, and a hidden one behind them."""
+    batch, start = Pass(family), 4
+    own = batch.visible[:, start:]
+    frozen = torch.zeros_like(own, dtype=torch.bool)
+    frozen[0, 1:3] = frozen[1, :2] = True
+    columns = torch.arange(LENGTH - start).expand(ROWS, -1)
+    plan = {
+        "all": subset_plan(columns, own),
+        "frozen": frozen_plan(own, frozen),
+        "last": last_token_plan(own),
+        "keys only": keys_only_plan(own),
+    }[kind]
+    stops = torch.ones(ROWS, LENGTH, dtype=torch.bool)  # tokens that are not updated
+    stops[:, start:] = {"all": False, "frozen": frozen, "last": columns < columns.shape[1] - 1}.get(kind, True)
+    stops[:, :start] = False
+    expected, cache = batch.hidden, DynamicCache()
+    for layer in range(LAYERS):
+        expected = torch.where(stops[..., None], expected, batch.run(layer, layer + 1, hidden=expected))
+    known = Pass(family)
+    known.hidden, known.visible = batch.hidden[:, :start], batch.visible[:, :start]
+    known.rotary = tuple(table.expand(ROWS, -1, -1)[:, :start] for table in batch.rotary)
+    known.mask = causal_mask(known.decoder, known.hidden, known.visible, None)
+    known.run(cache=cache)
+    rest = Pass(family)
+    rest.rotary = tuple(table.expand(ROWS, -1, -1)[:, start:] for table in batch.rotary)
+    rest.mask = None
+    ours = rest.run(hidden=batch.hidden[:, start:], cache=cache, plans=[plan] * LAYERS, cached=known.visible)
+    batch.assert_close(ours, expected[:, start:], own > 0)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {start + plan.mask.shape[1]}
 
 
 @families

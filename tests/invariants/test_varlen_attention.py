@@ -155,6 +155,26 @@ def test_layer_plans_agree_with_sdpa(family, implementation, watch):
     assert watch.packed == 0
 
 
+@pytest.mark.parametrize("implementation", [FLASH, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pages_agree_with_sdpa(family, implementation, watch):
+    """Rows of different lengths continue from one page, with a second image behind it or without."""
+    model = tiny_model(family)
+    rows = [Row(["see ", None, "?"], [(3, 4)], seed=1), Row(["see ", None, "or ", None, "this?"], [(3, 4), (2, 3)], 1)]
+    rows.append(Row(["no image here"]))
+    inputs = make_inputs(family, rows)
+    kinds = [{}, {"keep_share": 0.3, "gate_branch": "light", "region_branch": "light"}]
+    calls = [{**ZOOM, **kind, **zoom} for kind in kinds for zoom in ({}, {"zoom": "auto", "gate_threshold": 2})]
+    sdpa = [generate(model, inputs, **options, skip_unread=False) for options in calls]
+    assert any(report.zoomed for output in sdpa for report in output.zoom_reports)
+    model.set_attn_implementation(implementation)
+    page = model.read_page(**make_inputs(family, rows[:1]))
+    for options, output in zip(calls, sdpa):
+        assert_close(generate(model, inputs, **options), output)
+        assert_close(generate(model, inputs, **options, page=[page, page, None]), output)
+    assert watch.packed == 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sub_models_may_differ(family, watch):
     """The branches follow the text model, whatever the vision tower uses."""

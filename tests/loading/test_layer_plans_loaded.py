@@ -1,4 +1,4 @@
-"""Light branches and foveation in checkpoints: saved, loaded, as an add-on, in 4 bit."""
+"""Light branches, foveation and pages with checkpoints: saved, loaded, as an add-on, in 4 bit, on the disk."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import BitsAndBytesConfig
 
 from modeling_qzoom import QZoomForConditionalGeneration
 from tests.loading_fixtures import CLOSE, VISION, ZOOM_CONFIG, answer, perturb_branches, plain_folder
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, Row, make_inputs
 
 
 load = QZoomForConditionalGeneration.from_pretrained
@@ -56,6 +56,30 @@ def test_a_4_bit_model_answers_as_one_with_the_same_rounded_weights(attached, tm
     assert given.report.zoomed and given.report.box == expected.report.box
     assert abs(given.report.gate_probability - expected.report.gate_probability) < 0.05
     assert float((given.logits[0] - expected.logits[0]).abs().max()) < 0.2 * float(expected.logits[0].std())
+    continued = answer(small, family, page=read_page(small, family))
+    assert continued.report.box == given.report.box and continued.difference(given) < 0.2 * float(
+        given.logits[0].std()
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "light"])
+def test_pages_of_a_model_that_lies_on_the_disk(attached, tmp_path, kind):
+    """Layers and branches give keys and values of the page where they run."""
+    family, model = attached
+    model.save_pretrained(tmp_path / "full")
+    options = {"gate_branch": kind, "region_branch": kind, "keep_share": 1.0}
+    expected = answer(model, family, **options)
+    placement = {"vlm": "disk", "zoom": "disk"}
+    offloaded = load(tmp_path / "full", device_map=placement, offload_folder=tmp_path / "off")
+    page = read_page(offloaded, family)
+    for _ in range(2):
+        assert answer(offloaded, family, page=page, **options).difference(expected) < CLOSE
+
+
+def read_page(model, family: str):
+    """The page of `answer`'s question."""
+    inputs = make_inputs(family, [Row(["hello ", None, " who?"], [(4, 5)], seed=3)])
+    return model.read_page(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)})
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from ...zoom_regions_qzoom import Box
 from .pages import (
-    CODE_LENGTH,
     COLORS,
     FILLER,
-    GLYPH_ASPECT,
     WORDS,
     Canvas,
     Entry,
@@ -23,7 +21,7 @@ LETTER = (1 / 30, 1 / 26)
 BAR = 0.06
 
 
-def _labels(canvas: Canvas, style: Style, kind: str, layout: str, count: int) -> tuple[list[str], tuple[str, ...]]:
+def labels_of(canvas: Canvas, style: Style, kind: str, layout: str, count: int) -> tuple[list[str], tuple[str, ...]]:
     """Labels in reading order, and those that are left over."""
     while True:
         words = canvas.rng.sample(WORDS, len(WORDS))
@@ -31,7 +29,7 @@ def _labels(canvas: Canvas, style: Style, kind: str, layout: str, count: int) ->
             return words[:count], tuple(words[count:])
 
 
-def _bar(canvas: Canvas) -> tuple[Box, str]:
+def top_bar(canvas: Canvas) -> tuple[Box, str]:
     """A coloured bar at the top."""
     color = canvas.rng.choice(list(COLORS))
     box = to_box((0, 0, canvas.image.width, BAR * canvas.image.height))
@@ -39,15 +37,29 @@ def _bar(canvas: Canvas) -> tuple[Box, str]:
     return box, color
 
 
-def _cells(canvas: Canvas, columns: int, count: int) -> list[tuple[float, float, float, float]]:
-    """Cells (x, y, width, height) below the bar, row by row; their height leaves some of the page empty."""
+def cells_of(
+    canvas: Canvas, columns: int, count: int, heights: tuple[float, float] = (0.13, 0.2)
+) -> list[tuple[float, float, float, float]]:
+    """Cells (x, y, width, height) below the bar, row by row.
+
+    Args:
+        heights: Range of a cell's height as a share of the page's; less where they would not fit.
+    """
     top, rows = (BAR + 0.03) * canvas.image.height, -(-count // columns)
-    height = min((canvas.image.height - top) / rows, canvas.rng.uniform(0.13, 0.2) * canvas.image.height)
+    height = min((canvas.image.height - top) / rows, canvas.rng.uniform(*heights) * canvas.image.height)
     width = canvas.image.width / columns
     return [(place % columns * width, top + place // columns * height, width, height) for place in range(count)]
 
 
-def _entry(word: str, mark: Box, printed: tuple[str, list[Box], Box], width: float, line: Box | None = None) -> Entry:
+def labelled_entry(
+    word: str,
+    mark: Box,
+    printed: tuple[str, list[Box], Box],
+    width: float,
+    line: Box | None = None,
+    large: bool = False,
+) -> Entry:
+    """An entry of a label and a code, from what `Canvas.word` and `Canvas.code` gave."""
     code, digit_boxes, code_box = printed
     line = line or code_box
     return Entry(
@@ -60,6 +72,7 @@ def _entry(word: str, mark: Box, printed: tuple[str, list[Box], Box], width: flo
         box=union(mark, line),
         line=line,
         word=word,
+        large=large,
     )
 
 
@@ -68,15 +81,17 @@ def draw_form(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
     rng = canvas.rng
     layout = rng.choice(("right", "three") if style.shifted else ("list", "cells"))
     count = rng.randint(max(2, settings.items[0]), settings.items[1])
-    words, absent = _labels(canvas, style, "form", layout, count)
+    words, absent = labels_of(canvas, style, "form", layout, count)
     width = canvas.long * rng.uniform(*settings.digit_width)
     letter = canvas.long * rng.uniform(*LETTER)
-    span, bar = 1.3 * width * CODE_LENGTH, _bar(canvas)
+    span, bar = canvas.code_span(width), top_bar(canvas)
     columns = {"cells": 2, "three": 3}.get(layout, 1)
     value_share = rng.uniform(0.42, 0.66)
-    entries = []
-    for word, (left, top, wide, tall) in zip(words, _cells(canvas, columns, count), strict=True):
-        margin = 0.04 * canvas.image.width
+    entries, margin = [], 0.04 * canvas.image.width
+    if canvas.look is not None:  # plain pages keep their labels, of which a few reach the value
+        room = {"list": value_share, "right": 0.36}.get(layout, 1 / columns) * canvas.image.width - 1.5 * margin
+        letter = canvas.fitting(words, letter, room)
+    for word, (left, top, wide, tall) in zip(words, cells_of(canvas, columns, count), strict=True):
         if columns == 1:
             x_value = left + margin if layout == "right" else left + value_share * wide + rng.uniform(0, 0.1) * wide
             x_label = left + 0.62 * wide if layout == "right" else left + margin
@@ -89,23 +104,23 @@ def draw_form(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
         mark = canvas.word(word, x_label, y_label, letter)
         rule = y_value + 1.1 * width
         canvas.draw.line([x_value - 0.3 * width, rule, x_value + span + 0.3 * width, rule], fill=(150,) * 3, width=2)
-        entries.append(_entry(word, mark, canvas.code(x_value, y_value, width, canvas.ink()), width))
+        entries.append(labelled_entry(word, mark, canvas.code(x_value, y_value, width, canvas.ink()), width))
     return Page("form", canvas.image, tuple(entries), bar, absent)
 
 
-def _text_line(
-    canvas: Canvas, left: float, right: float, middle: float, width: float, holds_code: bool
+def text_line(
+    canvas: Canvas, left: float, right: float, middle: float, width: float, holds_code: bool = False
 ) -> tuple[str, list[Box], Box] | None:
     """A line of small print from `left` to about `right`, with a code between two words if it is to hold one."""
-    rng, size = canvas.rng, width / GLYPH_ASPECT
-    font, span = canvas.sized_font(size), 1.3 * width * CODE_LENGTH
+    rng, size = canvas.rng, canvas.size_of(width)
+    font, span = canvas.sized_font(size), canvas.code_span(width)
     # the code starts anywhere in the line, so that the coarse view cannot know where
     code_at = rng.uniform(left, right - span - width) if holds_code else right
     x, printed, ink = left, None, canvas.ink()
     while True:
         if holds_code and printed is None and x >= code_at:
             printed = canvas.code(x, middle, width, ink)
-            x += span + 0.5 * size
+            x += canvas.text_span(printed[0], width) + 0.5 * size
         word = rng.choice(FILLER)
         end = x + font.getlength(word)
         if holds_code and printed is None and end > right - span:
@@ -122,16 +137,15 @@ def draw_text(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
     rng = canvas.rng
     count = rng.randint(max(2, settings.items[0]), min(6, settings.items[1]))
     layout = "right" if style.shifted else "left"
-    words, absent = _labels(canvas, style, "text", layout, count)
+    words, absent = labels_of(canvas, style, "text", layout, count)
     width = canvas.long * rng.uniform(*settings.digit_width)
     letter = canvas.long * rng.uniform(*LETTER)
-    bar, page_width = _bar(canvas), canvas.image.width
+    bar, page_width = top_bar(canvas), canvas.image.width
     key = 5.6 * letter  # room for the longest keyword
-    widest = max(canvas.sized_font(letter / GLYPH_ASPECT).getlength(word) for word in words)
-    letter *= min(1.0, 0.96 * key / widest)  # in the wide fonts of shifted pages it would leave the page
+    letter = canvas.fitting(words, letter, 0.96 * key)  # in wide fonts it would leave the page
     length = rng.uniform(0.44, 0.56) * page_width
     entries = []
-    for word, (left, top, _, tall) in zip(words, _cells(canvas, 1, count), strict=True):
+    for word, (left, top, _, tall) in zip(words, cells_of(canvas, 1, count), strict=True):
         margin = 0.03 * page_width
         x_text = left + margin if layout == "right" else left + margin + key
         mark = canvas.word(
@@ -140,9 +154,9 @@ def draw_text(canvas: Canvas, settings: PageSettings, style: Style) -> Page:
         holder, printed = rng.randrange(2), None
         for line in range(2):
             y = top + tall / 2 + (line - 0.5) * min(2.6 * width, 0.42 * tall)
-            printed = _text_line(canvas, x_text, x_text + length, y, width, line == holder) or printed
+            printed = text_line(canvas, x_text, x_text + length, y, width, line == holder) or printed
         assert printed is not None  # one of the two lines holds the code
         box = printed[2]
         reach = to_box((x_text, top + tall / 2 - 2.2 * width, x_text + length, top + tall / 2 + 2.2 * width))
-        entries.append(_entry(word, mark, printed, width, union(box, reach)))
+        entries.append(labelled_entry(word, mark, printed, width, union(box, reach)))
     return Page("text", canvas.image, tuple(entries), bar, absent)

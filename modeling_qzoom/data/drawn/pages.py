@@ -3,17 +3,17 @@
 Boxes are (x0, y0, x1, y1) in page pixels, exclusive end. Lengths given as shares are shares of the page's longer side.
 """
 
-import functools
 import math
 import random
 import zlib
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ...zoom_regions_qzoom import Box
-from ..extras import needed_for
+from .fonts import TYPEFACES, load_font
+from .looks import CODE_PATTERNS, VARIETIES, Look
 
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -35,6 +35,8 @@ FILLER: tuple[str, ...] = (
     "morning", "light", "falls", "on", "every", "stone", "near", "our", "quiet", "garden", "wall",
 )  # fmt: skip
 CODE_LENGTH = 3
+PITCH = 1.3
+"""Height of a code's box, and the distance of its digits on plain pages, in widths of a digit."""
 GLYPH_ASPECT = 0.57
 """Width of a digit of PIL's default font divided by the font size."""
 
@@ -51,6 +53,10 @@ class PageSettings:
         items: Range of the number of entries.
         digit_width: Range of a digit's width, as a share.
         large_share: Share of scenes in which one code is printed so large that the coarse view shows it.
+        variety: "plain": one font, black on white, as drawn; "varied": fonts, colours, rotation, noise and JPEG
+            artefacts, and more kinds of pages. Each gives the same page for the same seed for good.
+        codes: "digits": three of them; "letters": codes such as K7-204, K72 and 20K. Only varied pages have letters.
+        typefaces: Names of `fonts.TYPEFACES` that varied pages are printed in; by default those of the split.
     """
 
     side: tuple[int, int] = (1024, 1400)
@@ -58,6 +64,45 @@ class PageSettings:
     items: tuple[int, int] = (2, 7)
     digit_width: tuple[float, float] = (1 / 66, 1 / 58)
     large_share: float = 0.5
+    variety: str = "plain"
+    codes: str = "digits"
+    typefaces: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: A name that does not exist, or an option of varied pages on plain ones.
+        """
+        for name, known in (("variety", VARIETIES), ("codes", tuple(CODE_PATTERNS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"There is no {name} {getattr(self, name)!r}; there are {list(known)}.")
+        if self.variety == "plain" and (self.codes != "digits" or self.typefaces is not None):
+            raise ValueError("codes and typefaces are options of varied pages: set variety='varied' with them.")
+        unknown = sorted(set(self.typefaces or ()) - set(TYPEFACES))
+        if unknown or self.typefaces == ():
+            raise ValueError(f"typefaces must name some of {list(TYPEFACES)}, got {list(self.typefaces or ())}.")
+
+
+_SMALL_PRINT: dict[str, Any] = {"side": (1200, 1600), "digit_width": (1 / 130, 1 / 112)}
+"""Print that `evaluation.witness` seldom reads at 64 tokens, chosen on validation pages; at 1/62 it reads most."""
+PAGE_SETTINGS: dict[str, PageSettings] = {
+    "plain": PageSettings(),
+    "varied": PageSettings(**_SMALL_PRINT, variety="varied"),
+    "letters": PageSettings(**_SMALL_PRINT, variety="varied", codes="letters"),
+}
+"""Settings by the names that commands take."""
+
+
+def named_settings(name: str) -> PageSettings:
+    """The settings of a name that commands take.
+
+    Raises:
+        ValueError: There are none of this name.
+    """
+    if name not in PAGE_SETTINGS:
+        raise ValueError(f"There are no pages {name!r}; there are {list(PAGE_SETTINGS)}.")
+    return PAGE_SETTINGS[name]
 
 
 @dataclass(frozen=True)
@@ -66,9 +111,9 @@ class Entry:
 
     Args:
         name: How questions call it, such as "red circle" or "total".
-        code: Three digits.
+        code: Three digits, or letters and digits.
         code_box: Where they stand.
-        digit_boxes: One box per digit.
+        digit_boxes: One box per character of the code.
         digit_width: Width of a digit in pixels.
         mark: What the coarse view shows of it: the shape, or the label word.
         box: Mark and code together.
@@ -96,7 +141,7 @@ class Page:
     """A drawn page and what is on it.
 
     Args:
-        kind: "scene", "form" or "text".
+        kind: "scene", "form" or "text"; varied ones also "table", "columns" or "sizes".
         image: RGB.
         entries: In reading order.
         bar: Box and colour of the bar at the top; None in scenes.
@@ -135,11 +180,11 @@ class Style:
 
     Args:
         split: Which layouts may occur.
-        fonts: File names among matplotlib's fonts; Pillow's own font if there are none.
+        fonts: Names that `load_font` takes; Pillow's own font if there are none.
     """
 
     split: str = "train"
-    fonts: tuple[str, ...] = ()
+    fonts: tuple[str | None, ...] = ()
 
     @property
     def shifted(self) -> bool:
@@ -167,20 +212,6 @@ def layout_of_split(signature: object, split: str) -> bool:
     return place == {"validation": 8, "test": 9}[split] if split != "train" else place < 8
 
 
-@functools.lru_cache(maxsize=512)
-def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
-    """A font by name among those that matplotlib brings, or Pillow's own.
-
-    Raises:
-        ImportError: A named font needs matplotlib, which the extra `stages` installs.
-    """
-    if name is None:
-        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # what it is at a given size
-    with needed_for("The split 'shifted' is printed in fonts that come with matplotlib"):
-        from matplotlib import get_data_path
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", size)
-
-
 @dataclass
 class Canvas:
     """A page while it is drawn.
@@ -189,11 +220,13 @@ class Canvas:
         image: RGB paper.
         rng: Source of everything that varies.
         font: Name of the page's font, None for Pillow's own.
+        look: Ink, codes and their spacing on varied pages; None on plain ones.
     """
 
     image: Image.Image
     rng: random.Random
     font: str | None
+    look: Look | None = None
     draw: ImageDraw.ImageDraw = field(init=False)
 
     def __post_init__(self) -> None:
@@ -204,38 +237,83 @@ class Canvas:
         """The longer side in pixels."""
         return max(self.image.size)
 
-    def ink(self) -> tuple[int, int, int]:
-        """A nearly black colour."""
-        return (self.rng.randint(0, 50),) * 3
+    def ink(self) -> tuple[int, ...]:
+        """A dark colour: nearly black, or near the page's own."""
+        return (self.rng.randint(0, 50),) * 3 if self.look is None else self.look.near_ink(self.rng)
+
+    @property
+    def paper(self) -> tuple[int, int, int]:
+        """The paper's colour; white on plain pages, where nothing asks for it."""
+        return (255, 255, 255) if self.look is None else self.look.paper
 
     def tint(self, color: str) -> tuple[int, ...]:
         """A colour a little off its pure value."""
         return tuple(min(255, max(0, c + self.rng.randint(-14, 14))) for c in COLORS[color])
 
+    def size_of(self, width: float) -> float:
+        """Size in pixels of the page's font at which a digit is `width` pixels wide."""
+        return width / GLYPH_ASPECT if self.look is None else self.look.font_size(width)
+
     def sized_font(self, size: float) -> ImageFont.FreeTypeFont:
         """The page's font at a size in pixels."""
         return load_font(self.font, max(4, round(size)))
 
+    def fitting(self, words: list[str], letter: float, room: float) -> float:
+        """The letter width at which no word takes more room in pixels: `letter`, or less."""
+        font = self.sized_font(self.size_of(letter))
+        return letter * min(1.0, room / max(font.getlength(word) for word in words))
+
     def word(self, text: str, left: float, middle: float, letter_width: float) -> Box:
         """Print a word at a mean letter width; returns its box."""
-        font = self.sized_font(letter_width / GLYPH_ASPECT)
+        font = self.sized_font(self.size_of(letter_width))
         self.draw.text((left, middle), text, font=font, fill=self.ink(), anchor="lm")
         return to_box(self.draw.textbbox((left, middle), text, font=font, anchor="lm"))
 
-    def code(self, left: float, middle: float, width: float, fill: tuple[int, int, int]) -> tuple[str, list[Box], Box]:
-        """Print a random code with digits `width` pixels wide; returns it, the digits' boxes and the box of all."""
-        pitch, height = 1.3 * width, 1.3 * width
-        text = "".join(str(self.rng.randrange(10)) for _ in range(CODE_LENGTH))
-        font = self.sized_font(width / GLYPH_ASPECT)
+    def code_span(self, width: float) -> float:
+        """Room in pixels that any code takes whose digits are `width` pixels wide."""
+        return PITCH * width * (CODE_LENGTH if self.look is None else self.look.longest_code)
+
+    def text_span(self, text: str | None, width: float) -> float:
+        """Room in pixels that a code takes; None is a code that is not known yet."""
+        if self.look is None or text is None:
+            return self.code_span(width)
+        return sum(self._advances(text, width))
+
+    def _advances(self, text: str, width: float) -> list[float]:
+        if self.look is None:
+            return [PITCH * width] * len(text)
+        font = self.sized_font(self.size_of(width))
+        return [font.getlength(character) + self.look.spacing * width for character in text]
+
+    def new_code(self, short: bool = False) -> str | None:
+        """A code that is known before it is printed; on plain pages None, `code` draws it.
+
+        Args:
+            short: Whether it is to have three characters.
+        """
+        return None if self.look is None else self.look.random_code(self.rng, short)
+
+    def code(
+        self, left: float, middle: float, width: float, fill: tuple[int, ...], text: str | None = None
+    ) -> tuple[str, list[Box], Box]:
+        """Print a code with digits `width` pixels wide; returns it, the characters' boxes and the box of all.
+
+        Args:
+            text: What `new_code` gave; a random code by default.
+        """
+        height = PITCH * width
+        if text is None:
+            text = self.new_code() or "".join(str(self.rng.randrange(10)) for _ in range(CODE_LENGTH))
+        font = self.sized_font(self.size_of(width))
         ink_box = font.getbbox("0", anchor="mm")
         # the anchor is the middle of the line, which is not the middle of a digit
         baseline = middle - (ink_box[1] + ink_box[3]) / 2
-        boxes = []
-        for place, digit in enumerate(text):
-            centre = left + pitch * (place + 0.5)
-            self.draw.text((centre, baseline), digit, font=font, fill=fill, anchor="mm")
-            boxes.append(to_box((centre - pitch / 2, middle - height / 2, centre + pitch / 2, middle + height / 2)))
-        return text, boxes, to_box((left, middle - height / 2, left + pitch * CODE_LENGTH, middle + height / 2))
+        boxes, x = [], left
+        for character, advance in zip(text, self._advances(text, width), strict=True):
+            self.draw.text((x + advance / 2, baseline), character, font=font, fill=fill, anchor="mm")
+            boxes.append(to_box((x, middle - height / 2, x + advance, middle + height / 2)))
+            x += advance
+        return text, boxes, to_box((left, middle - height / 2, x, middle + height / 2))
 
 
 def blank_page(rng: random.Random, settings: PageSettings, style: Style) -> Canvas:
@@ -244,8 +322,12 @@ def blank_page(rng: random.Random, settings: PageSettings, style: Style) -> Canv
     short = round(long * rng.uniform(*settings.aspect))
     width, height = (long, short) if rng.random() < 0.5 else (short, long)
     paper = rng.randint(228, 255)
-    image = Image.new("RGB", (width, height), tuple(min(255, paper + rng.randint(-6, 6)) for _ in range(3)))
-    canvas = Canvas(image, rng, rng.choice(style.fonts) if style.fonts else None)
+    color = tuple(min(255, paper + rng.randint(-6, 6)) for _ in range(3))
+    font, look = rng.choice(style.fonts) if style.fonts else None, None
+    if settings.variety != "plain":
+        look = Look.of(rng, font, settings.codes)
+        color, paper = look.paper, min(look.paper)
+    canvas = Canvas(Image.new("RGB", (width, height), color), rng, font, look)
     for _ in range(rng.randint(0, 4)):
         ends = [rng.randrange(width), rng.randrange(height), rng.randrange(width), rng.randrange(height)]
         canvas.draw.line(ends, fill=(paper - 30,) * 3, width=max(1, long // 400))

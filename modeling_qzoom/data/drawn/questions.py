@@ -1,8 +1,8 @@
 """The benchmark: seeded pages with known answers and boxes, their questions and their splits.
 
-Kinds of pages: scenes (`scenes.py`), forms and dense text (`documents.py`). Labels, colours, shapes and their number
-survive a strong reduction of the page; the codes do not, except those printed large. Everything is a function of
-split and seed.
+Kinds of pages: scenes (`scenes.py`), forms and dense text (`documents.py`); varied pages have tables, columns and
+mixed print sizes as well (`sheets.py`). Labels, colours, shapes and their number survive a strong reduction of the
+page; the codes do not, except those printed large. Everything is a function of split, seed and settings.
 """
 
 import random
@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 from ...zoom_regions_qzoom import Box
 from .documents import draw_form, draw_text
+from .fonts import TYPEFACES, typefaces_of
 from .pages import COLORS, SHAPES, SPLITS, WORDS, Page, PageSettings, Question, Style, blank_page, union
+from .scans import scanned_page
 from .scenes import draw_scene
+from .sheets import draw_columns, draw_sizes, draw_table
 
 
 PAGE_KINDS = ("scene", "form", "text")
+VARIED_KINDS = (*PAGE_KINDS, "table", "columns", "sizes")
 QUESTION_KINDS = ("fine", "coarse", "multi", "absent")
 ABSENT = "none"
 SHIFTED_FONTS = ("DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold")
@@ -41,7 +45,32 @@ COUNT_QUESTIONS = {
 WHICH_QUESTIONS = ("which word is first?", "which word is last?")
 BAR_QUESTION = "what color is the bar?"
 
-_DRAW = {"scene": draw_scene, "form": draw_form, "text": draw_text}
+_WORDED_AS = {"table": "form", "columns": "text", "sizes": "form"}
+_DRAW = {
+    "scene": draw_scene,
+    "form": draw_form,
+    "text": draw_text,
+    "table": draw_table,
+    "columns": draw_columns,
+    "sizes": draw_sizes,
+}
+
+
+def wording_of(kind: str) -> str:
+    """The kind of plain page whose questions a kind of page has: wording does not tell the others."""
+    return _WORDED_AS.get(kind, kind)
+
+
+def page_kinds(settings: PageSettings | None = None) -> tuple[str, ...]:
+    """The kinds of pages that there are with some settings."""
+    return PAGE_KINDS if settings is None or settings.variety == "plain" else VARIED_KINDS
+
+
+def _style(rng: random.Random, settings: PageSettings, split: str) -> Style:
+    """The fonts of a page; of a varied one, those of one typeface."""
+    if settings.variety == "plain":
+        return Style(split, SHIFTED_FONTS if split == "shifted" else ())
+    return Style(split, TYPEFACES[rng.choice(settings.typefaces or typefaces_of(split))].fonts)
 
 
 def draw_page(seed: int, settings: PageSettings | None = None, kind: str | None = None, split: str = "train") -> Page:
@@ -50,32 +79,44 @@ def draw_page(seed: int, settings: PageSettings | None = None, kind: str | None 
     Args:
         seed: Any whole number.
         settings: The benchmark's own by default.
-        kind: "scene", "form" or "text"; drawn from the seed by default.
+        kind: One of `page_kinds(settings)`; drawn from the seed by default.
         split: "train", "validation", "test", or "shifted" (other fonts and layouts).
 
     Raises:
         ValueError: An unknown kind or split.
-        ImportError: `shifted` without matplotlib, which brings its fonts.
+        ImportError: A font needs a package that is missing: matplotlib for plain `shifted` pages, those of the extra
+            `pages` for varied ones.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; there are {list(SPLITS)}.")
-    rng = random.Random(f"{split}/{seed}")
-    kind = kind or rng.choice(PAGE_KINDS)
-    if kind not in _DRAW:
-        raise ValueError(f"There is no kind of page {kind!r}; there are {list(PAGE_KINDS)}.")
     settings = settings or PageSettings()
-    style = Style(split, SHIFTED_FONTS if split == "shifted" else ())
-    return _DRAW[kind](blank_page(rng, settings, style), settings, style)
+    kinds = page_kinds(settings)
+    is_varied = settings.variety != "plain"
+    rng = random.Random(f"varied/{split}/{seed}" if is_varied else f"{split}/{seed}")
+    kind = kind or rng.choice(kinds)
+    if kind not in kinds:
+        raise ValueError(f"There is no kind of page {kind!r} among {settings.variety} ones; there are {list(kinds)}.")
+    style = _style(rng, settings, split)
+    canvas = blank_page(rng, settings, style)
+    page = _DRAW[kind](canvas, settings, style)
+    return scanned_page(page, rng, canvas.paper) if is_varied else page
 
 
 def _whole(page: Page) -> Box:
     return (0, 0, *page.image.size)
 
 
+def _about_code(page: Page, text: str) -> str:
+    """A question as it is put to the page: codes with letters are not called numbers."""
+    if all(entry.code.isdigit() for entry in page.entries):
+        return text
+    return text.replace("numbers", "codes").replace("number", "code")
+
+
 def code_question(page: Page, index: int, rng: random.Random) -> Question:
     """The question about the code of an entry; coarse where the code is printed large."""
     entry = page.entries[index]
-    text = rng.choice(FINE_QUESTIONS[page.kind]).format(name=entry.name)
+    text = _about_code(page, rng.choice(FINE_QUESTIONS[wording_of(page.kind)]).format(name=entry.name))
     return Question(text, entry.code, "coarse" if entry.large else "fine", entry.code_box, (index,))
 
 
@@ -90,7 +131,7 @@ def _corner(page: Page, index: int) -> str:
 def coarse_questions(page: Page) -> list[Question]:
     """Every question that needs no small print and has exactly one answer on the page."""
     whole, entries = _whole(page), page.entries
-    questions = [Question(COUNT_QUESTIONS[page.kind], str(len(entries)), "coarse", whole)]
+    questions = [Question(COUNT_QUESTIONS[wording_of(page.kind)], str(len(entries)), "coarse", whole)]
     if page.bar is not None:
         questions.append(Question(BAR_QUESTION, page.bar[1], "coarse", page.bar[0]))
         for text, index in zip(WHICH_QUESTIONS, (0, len(entries) - 1), strict=True):
@@ -130,13 +171,13 @@ def multi_question(page: Page, rng: random.Random) -> Question:
     """A question about two codes; its box holds both."""
     first, second = rng.sample(range(len(page.entries)), 2)
     one, two = page.entries[first], page.entries[second]
-    text = MULTI_QUESTIONS[page.kind].format(first=one.name, second=two.name)
+    text = _about_code(page, MULTI_QUESTIONS[wording_of(page.kind)].format(first=one.name, second=two.name))
     return Question(text, f"{one.code} {two.code}", "multi", union(one.code_box, two.code_box), (first, second))
 
 
 def absent_question(page: Page, rng: random.Random) -> Question:
     """A question about something that is not on the page."""
-    text = rng.choice(FINE_QUESTIONS[page.kind]).format(name=rng.choice(page.absent))
+    text = _about_code(page, rng.choice(FINE_QUESTIONS[wording_of(page.kind)]).format(name=rng.choice(page.absent)))
     return Question(text, ABSENT, "absent", _whole(page))
 
 
@@ -175,16 +216,20 @@ def draw_rows(
         seed: Gives fresh pages; a shorter run with the same seed is the beginning of a longer one.
         kinds: Kinds of questions.
     """
+    of_pages = page_kinds(settings)
     for number in range(count):
         page_seed = seed * 10**7 + number
-        kind = PAGE_KINDS[number // len(kinds) % len(PAGE_KINDS)]
+        kind = of_pages[number // len(kinds) % len(of_pages)]
         page = draw_page(page_seed, settings, kind, split)
         rng = random.Random(f"question/{split}/{page_seed}")
         yield DrawnRow(page, ask_question(page, kinds[number % len(kinds)], rng))
 
 
 def question_corpus() -> list[str]:
-    """Every question and answer that can occur, for building a tokenizer; answers often, so that each is a token."""
+    """Every question and answer that can occur, for building a tokenizer; answers often, so that each is a token.
+
+    Questions about codes with letters say "code" for "number"; their capitals and dashes are no part of the corpus.
+    """
     texts = [*COUNT_QUESTIONS.values(), *WHICH_QUESTIONS, BAR_QUESTION]
     texts += 40 * [*COLORS, *SHAPES, *WORDS, ABSENT]
     texts += [f"{down} {across}" for down in ("top", "middle", "bottom") for across in ("left", "center", "right")]

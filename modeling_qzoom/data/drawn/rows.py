@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..rows import Row, Rows
-from .questions import PAGE_KINDS, ask_question, draw_page
+from .pages import PageSettings, named_settings
+from .questions import ask_question, draw_page, page_kinds
 
 
 @dataclass(frozen=True)
@@ -16,49 +17,61 @@ class _DrawnImage:
     split: str
     seed: int
     kind: str
+    settings: PageSettings
 
     def __call__(self) -> Image.Image:
-        return draw_page(self.seed, kind=self.kind, split=self.split).image
+        return draw_page(self.seed, self.settings, self.kind, self.split).image
 
 
 QUESTIONS = ("fine", "coarse", "fine", "coarse")  # kinds of the questions about a page
 
 
-def page_rows(split: str, seed: int, number: int) -> list[Row]:
+def page_rows(split: str, seed: int, number: int, pages: str = "plain") -> list[Row]:
     """Rows about one page, whose questions all differ.
 
     Args:
         split: split that the page belongs to.
         seed: seed of the pages; other seeds give other pages.
         number: which of the seed's pages.
+        pages: name of the pages' settings, see `PAGE_SETTINGS`.
+
+    Raises:
+        ValueError: an unknown split, or settings that do not exist.
     """
+    settings = named_settings(pages)
+    kinds, part = page_kinds(settings), split if pages == "plain" else f"{split}/{pages}"
     # far above the seeds of evaluation rows, in case both use one split
     page_seed = 10**15 + seed * 10**7 + number
-    kind = PAGE_KINDS[number % len(PAGE_KINDS)]
-    page = draw_page(page_seed, kind=kind, split=split)
+    kind = kinds[number % len(kinds)]
+    page = draw_page(page_seed, settings, kind, split)
     rng = random.Random(f"rows/{split}/{page_seed}")
     questions = {}
     for question_kind in QUESTIONS:
         question = ask_question(page, question_kind, rng)
         questions[question.text] = question
-    name, image = f"{split}-{page_seed}", _DrawnImage(split, page_seed, kind)
+    name, image = f"{part.replace('/', '-')}-{page_seed}", _DrawnImage(split, page_seed, kind, settings)
     return [
         Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
         for place, question in enumerate(questions.values())
     ]
 
 
-def drawn_rows(split: str, count: int, seed: int) -> Rows:
+def drawn_rows(split: str, count: int, seed: int, pages: str = "plain") -> Rows:
     """Rows about benchmark pages: every page with two questions about details and two that need none.
 
     Args:
         split: split that the pages belong to.
         count: number of rows.
         seed: seed of the pages; other seeds give other pages.
+        pages: name of the pages' settings, see `PAGE_SETTINGS`.
+
+    Raises:
+        ValueError: an unknown split, or settings that do not exist.
     """
+    part = split if pages == "plain" else f"{split}/{pages}"
     rows: list[Row] = []
     number = 0
     while len(rows) < count:
-        rows += page_rows(split, seed, number)
+        rows += page_rows(split, seed, number, pages)
         number += 1
-    return Rows(rows[:count], f"drawn/{split}/{count}/{seed}")
+    return Rows(rows[:count], f"drawn/{part}/{count}/{seed}")

@@ -3,8 +3,8 @@
 import math
 
 from .pages import (
-    CODE_LENGTH,
     COLORS,
+    PITCH,
     SHAPES,
     Canvas,
     Entry,
@@ -56,11 +56,12 @@ def _draw_shape(
         canvas.draw.polygon(corners, fill=fill)
     xs, ys = [p[0] for p in corners], [p[1] for p in corners]
     mark = to_box((min(xs), min(ys), max(xs), max(ys)))
-    left, height = x - 1.3 * width * CODE_LENGTH / 2, 1.3 * width
-    right = left + 1.3 * width * CODE_LENGTH
+    text, height = canvas.new_code(short=large), PITCH * width
+    span = canvas.text_span(text, width)
+    left, right = x - span / 2, x + span / 2
     plate = [left - 0.35 * width, y - height / 2 - 0.4 * width, right + 0.35 * width, y + height / 2 + 0.4 * width]
     canvas.draw.rectangle(plate, fill=(canvas.rng.randint(238, 255),) * 3)
-    code, digit_boxes, code_box = canvas.code(left, y, width, canvas.ink())
+    code, digit_boxes, code_box = canvas.code(left, y, width, canvas.ink(), text)
     return Entry(
         name=f"{color} {shape}",
         code=code,

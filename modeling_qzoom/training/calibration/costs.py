@@ -4,8 +4,8 @@ from typing import Any
 
 from ... import ZoomReport
 from ...asking.chats import render
-from ...asking.cost import PrefillCost, Prompt
 from ...asking.session import Session
+from ...cost_qzoom import PrefillCost, Prompt
 from ...data.rows import Row
 from ...prompt_qzoom import marker_ids
 from ...zoom_options_qzoom import ZoomOptions, resolve_options

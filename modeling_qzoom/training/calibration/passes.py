@@ -9,11 +9,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ... import ZoomReport
-from ...asking.answers import Answer, ask_batch, in_batches
-from ...asking.cost import Prompt
+from ...asking.answers import ask_batch, in_batches
 from ...asking.gating import HELD_OPEN
 from ...asking.judges import Judge
 from ...asking.session import Session
+from ...cost_qzoom import Prompt
 from ...data.bad_rows import BadRows
 from ...data.rows import Row
 from ...zoom_regions_qzoom import Box
@@ -83,14 +83,14 @@ class Passes:
 
     def _answers(
         self, rows: Sequence[Row], images: list[Image.Image], options: dict[str, Any]
-    ) -> tuple[list[bool], list[str], list[ZoomReport]]:
-        """Verdict, answer and report of each row."""
+    ) -> tuple[list[bool], list[ZoomReport]]:
+        """Verdict and report of each row."""
         questions = [row.question for row in rows]
         batch = list(zip(images, questions, strict=True))
         answers = ask_batch(self.session, batch, **{**HELD_OPEN, **options})
         texts = [answer.text for answer in answers]
         verdicts = self.judge.judge(questions, [row.answers for row in rows], texts)
-        return verdicts, texts, [answer.report for answer in answers]
+        return verdicts, [answer.report for answer in answers]
 
     def coarse(self, candidates: Sequence[Candidate]) -> list[Coarse]:
         """The first pass: plain answers, gate probabilities and boxes of all usable rows, in order.
@@ -120,7 +120,7 @@ class Passes:
 
     def _coarse_batch(self, candidates: Sequence[Candidate], batch: list[tuple[int, Image.Image]]) -> list[Coarse]:
         rows, images = [self.rows[place] for place, _ in batch], [image for _, image in batch]
-        right, _, reports = self._answers(rows, images, _NO_REGION)
+        right, reports = self._answers(rows, images, _NO_REGION)
         model, rules = self.session.model.config, options_under(self.session, {})
         return [
             Coarse(
@@ -148,9 +148,9 @@ class Passes:
         for batch in in_batches(indices, self.batch_size):
             rows = [self.rows[coarse[index].place] for index in batch]
             images = [row.load_image(self.session.processor.max_source_pixels) for row in rows]
-            right, answers, reports = self._answers(rows, images, options)
-            for index, is_right, answer, report in zip(batch, right, answers, reports, strict=True):
+            right, reports = self._answers(rows, images, options)
+            for index, is_right, report in zip(batch, right, reports, strict=True):
                 prompt = coarse[index].prompt
-                flops = cost.of_answer(Answer(answer, report, prompt.tokens, prompt.suffix, prompt.grid))
+                flops = cost.of_report(prompt, report)
                 outcomes.append((index, (is_right, report.zoomed, prompt.visual + report.crop_tokens, flops)))
         return Outcomes.of_rows(outcome for _, outcome in sorted(self._gather(outcomes)))

@@ -51,11 +51,13 @@ class FreshPages:
         split: split that the pages belong to.
         count: rows of an epoch.
         seed: seed of the pages.
+        pages: name of the pages' settings.
     """
 
     split: str
     count: int
     seed: int
+    pages: str = "plain"
 
     def __len__(self) -> int:
         return self.count
@@ -64,7 +66,7 @@ class FreshPages:
         """The row in a place of an epoch: pages follow each other, each with all its questions."""
         pages = -(-self.count // len(QUESTIONS))
         page, place = divmod(index, len(QUESTIONS))
-        rows = page_rows(self.split, self.seed, epoch * pages + page)
+        rows = page_rows(self.split, self.seed, epoch * pages + page, self.pages)
         return rows[place % len(rows)]  # a page may have one question fewer
 
 
@@ -76,11 +78,12 @@ def epoch_rows(config: DataConfig) -> EpochRows:
     """
     if not config.data.startswith(DRAWN):
         return SameRows(load_rows(config, needs_answer=True))
-    split, count = config.data.removeprefix(DRAWN), 1000 if config.limit is None else config.limit
+    split, slash, pages = config.data.removeprefix(DRAWN).partition("/")
+    count, pages = 1000 if config.limit is None else config.limit, pages if slash else "plain"
     if count < 1:
         raise ValueError(f"limit must be at least 1, got {count}.")
-    page_rows(split, config.seed, 0)  # a split that does not exist is named now, not in a worker
-    return FreshPages(split, count, config.seed)
+    page_rows(split, config.seed, 0, pages)  # a split that does not exist is named now, not in a worker
+    return FreshPages(split, count, config.seed, pages)
 
 
 @dataclass(frozen=True)

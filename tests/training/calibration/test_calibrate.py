@@ -206,7 +206,8 @@ def test_presets_do_what_the_report_says(prepared, tmp_path):
 def test_cost_is_what_the_reports_of_a_direct_run_cost(qwen, tmp_path):
     """Of the same rows asked through the evaluation's own door, which counts the prompt's tokens from its inputs."""
     from modeling_qzoom.asking.answers import ask
-    from modeling_qzoom.asking.cost import PrefillCost
+    from modeling_qzoom.asking.cost import answer_flops
+    from modeling_qzoom.cost_qzoom import PrefillCost
     from modeling_qzoom.zoom_options_qzoom import resolve_options
 
     model, data = qwen
@@ -219,8 +220,8 @@ def test_cost_is_what_the_reports_of_a_direct_run_cost(qwen, tmp_path):
         options = point["options"]
         resolved = resolve_options(options, [], session.model.config, mrope=True)
         cost = PrefillCost(session.model.config, resolved)
-        spent = [cost.of_answer(answer) for answer in ask(session, rows, **options)]
-        plain = [cost.of_answer(answer) for answer in ask(session, rows, zoom="never")]
+        spent = [answer_flops(cost, answer) for answer in ask(session, rows, **options)]
+        plain = [answer_flops(cost, answer) for answer in ask(session, rows, zoom="never")]
         assert point["relative_flops"] == pytest.approx(sum(spent) / sum(plain))
 
 

@@ -1,0 +1,1 @@
+"""What a prefill does: FLOPs predicted and counted without weights, seconds and memory with random ones."""
