@@ -25,12 +25,16 @@ class QZoomOutput(CausalLMOutputWithPast):
         gate_loss (`torch.FloatTensor`, *optional*): BCE over labelled rows.
         region_logits (`list[list[torch.FloatTensor]]`, *optional*): per row and image, (Q, h, w) float32.
         gate_logits (`torch.FloatTensor`, *optional*): (B,) float32.
+        route_loss (`torch.FloatTensor`, *optional*): cross-entropy over labelled rows.
+        route_logits (`torch.FloatTensor`, *optional*): (B, choices) float32.
     """
 
     region_loss: torch.FloatTensor | None = None
     gate_loss: torch.FloatTensor | None = None
     region_logits: list[list[torch.FloatTensor]] | None = None
     gate_logits: torch.FloatTensor | None = None
+    route_loss: torch.FloatTensor | None = None
+    route_logits: torch.FloatTensor | None = None
 
     def __init__(self, *args: Any, **values: Any) -> None:
         # any name, because DistributedDataParallel takes an output apart and builds it again

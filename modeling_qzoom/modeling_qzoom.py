@@ -29,6 +29,7 @@ from .source_images_qzoom import SourceInput
 from .training_checks_qzoom import check_combination, check_names, check_training_call
 from .training_losses_qzoom import branch_pass, fused_language_pass, with_unused
 from .visor_router_qzoom import visor_of
+from .visor_routing_qzoom import check_routing_call, routing_pass
 from .visor_training_qzoom import check_sparse_call, sparse_language_pass
 from .zoom_branches_qzoom import ZoomBranches
 from .zoom_decisions_qzoom import plain_reports
@@ -146,9 +147,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         zoom_boxes: Sequence[Any] | None = None,
         cache: Cache | None = None,
         vision: str | None = None,
+        route_targets: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> QZoomOutput:
-        """One pass: plain, over a branch, over the fused sequence, or under a configuration of VISOR.
+        """One pass: plain, over a branch, over the fused sequence, under a configuration of VISOR, or over its router.
 
         - Without targets or labels it is the VLM's own forward, bit for bit. Sources are ignored, so that whatever a
           processor returned can be passed; a loss that is computed outside, from logits alone, is one of the coarse
@@ -158,6 +160,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         - With `labels` and `source_images`, rows are trained on the fused sequence of coarse view and crop. Labels of
           inserted positions are -100; the box carries no gradient.
         - With `vision`, rows run as `generate` runs them under that configuration, on the coarse view.
+        - With `route_targets` the router runs on the coarse view and the layers above its own do not.
 
         Weights that a pass leaves out (branches with labels, layers above K with targets) get no gradient from it.
         Under DistributedDataParallel it is zero, so a weight decay shrinks them there: freeze what is not trained.
@@ -180,6 +183,7 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
             zoom_boxes: per row a box (x0, y0, x1, y1) in source pixels, a pair (image in the row, box), or None for a
                 plain row. Left out, the region branch proposes the boxes.
             vision: `"dense"` or a configuration of the checkpoint, for the whole batch.
+            route_targets: (B,) place of the right configuration among the router's choices, -100 ignored.
 
         Raises:
             InputError: targets together with labels, an argument that this pass would not obey, a misspelt name of
@@ -200,6 +204,11 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         visual = {name: value for name, value in visual.items() if value is not None}
         has_targets = region_targets is not None or gate_targets is not None
         has_sources = source_images is not None or zoom_boxes is not None
+        if route_targets is not None:
+            others = {"labels": labels, "region_targets": region_targets, "gate_targets": gate_targets}
+            check_routing_call({**others, "vision": vision})
+            ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
+            return QZoomOutput(**routing_pass(self, ids, attention_mask, visual, route_targets))
         if vision is not None:
             check_sparse_call(vision, has_targets, has_sources)
             ids = check_training_call(input_ids, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, kwargs)
@@ -266,9 +275,10 @@ class QZoomForConditionalGeneration(QZoomLoadingMixin, QZoomCostMixin, QZoomPreT
         """The result of a pass that runs no branch, for wrappers that wait for every trainable weight."""
         if not torch.is_grad_enabled():
             return output
+        unused = [*self.zoom.parameters(), *([] if self.visor is None else self.visor.parameters())]
         for name in ("loss", "logits"):
             if output.get(name) is not None:
-                output[name] = with_unused(output[name], self.zoom.parameters())
+                output[name] = with_unused(output[name], unused)
         return output
 
     def generate(

@@ -11,9 +11,18 @@ from .zoom_options_qzoom import SETTING_NAMES
 
 
 # the arguments of `forward` that no plain VLM has
-_OWN = ("region_targets", "gate_targets", "query_positions", "source_images", "source_boxes", "zoom_boxes", "vision")
+_OWN = (
+    "region_targets",
+    "gate_targets",
+    "query_positions",
+    "source_images",
+    "source_boxes",
+    "zoom_boxes",
+    "vision",
+    "route_targets",
+)
 _SIMILAR = 0.85  # `gate_target` and `zoom_bboxes` are closer than that to a name of ours, `image_sizes` is not
-_PASS = "a pass with region_targets, gate_targets or fused labels"
+_PASS = "a pass with region_targets, gate_targets, route_targets, vision or fused labels"
 
 
 def _asks_for_something(value: Any) -> bool:

@@ -194,15 +194,28 @@ def _branch_options(model: ZoomModel) -> ZoomOptions:
 
 
 def _unused_by_branches(model: ZoomModel, view: CoarseView, *, has_region: bool, has_gate: bool) -> list[Tensor]:
-    """What a branch pass leaves out: all above layer K, and a branch without targets."""
-    decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
-    branches: list[nn.Module] = [] if has_region else [model.zoom.region]
+    """What a branch pass leaves out: all above layer K, a branch without targets, and the router."""
+    others: list[nn.Module] = [] if has_region else [model.zoom.region]
     if model.zoom.gate is not None and not has_gate:
-        branches.append(model.zoom.gate)
-    parts = [*decoder.layers[layer_k:], decoder.norm, model.get_output_embeddings(), *branches]
+        others.append(model.zoom.gate)
+    if model.visor is not None:
+        others.append(model.visor)
+    return unused_above(model, view, model.config.branch_layer, others)
+
+
+def unused_above(model: ZoomModel, view: CoarseView, layer: int, others: Iterable[nn.Module]) -> list[Tensor]:
+    """What a pass that ends in front of a layer leaves out.
+
+    Args:
+        view: what the pass began with.
+        layer: first layer that does not run.
+        others: modules beside the VLM that do not run either.
+    """
+    decoder = model.vlm.get_decoder()
+    parts = [*decoder.layers[layer:], decoder.norm, model.get_output_embeddings(), *others]
     tied = {id(weight) for weight in model.get_input_embeddings().parameters()}
     weights = [weight for part in parts for weight in part.parameters() if id(weight) not in tied]
-    return weights if view.deepstack is None else [*weights, *view.deepstack.levels[layer_k:]]
+    return weights if view.deepstack is None else [*weights, *view.deepstack.levels[layer:]]
 
 
 def _check_queries(query_positions: Tensor, input_ids: Tensor) -> None:

@@ -12,6 +12,16 @@ from .zoom_branch_plans_qzoom import visual_tokens
 Plans = list[LayerPlan | None]
 
 
+def last_columns(valid: Tensor) -> Tensor:
+    """(B, 1) column of each row's last token.
+
+    Args:
+        valid: (B, N), 0 on padding and on hidden tokens.
+    """
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    return (valid.long() * columns).argmax(dim=1, keepdim=True)
+
+
 def frozen_tokens(config: QZoomConfig, input_ids: Tensor, valid: Tensor) -> Tensor:
     """(B, N) bool: visual tokens, without a row's last token, which answers whatever it is.
 
@@ -19,9 +29,7 @@ def frozen_tokens(config: QZoomConfig, input_ids: Tensor, valid: Tensor) -> Tens
         valid: (B, N), 0 on padding and on hidden tokens.
     """
     frozen = visual_tokens(config, input_ids)
-    columns = torch.arange(input_ids.shape[1], device=valid.device)
-    last = (valid.long() * columns).argmax(dim=1, keepdim=True)
-    return frozen.scatter(1, last.to(frozen.device), False)
+    return frozen.scatter(1, last_columns(valid).to(frozen.device), False)
 
 
 def layer_plans(kinds: str, valid: Tensor, frozen: Tensor) -> Plans:

@@ -12,6 +12,7 @@ from .common.option_help import describe_options
 from .fusion.config import MineFusionConfig, TrainFusionConfig
 from .gate.config import LabelGatesConfig, TrainGateConfig
 from .regions.config import FindHeadsConfig, LabelRegionsConfig, TrainRegionsConfig
+from .vision.config import LabelRoutesConfig, TrainRouterConfig, TrainVisionConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ STAGES: dict[str, Stage] = {
     "train-fusion": Stage(TrainFusionConfig, "fusion.train", "stage 2: the decoder answers from both views"),
     "label-gates": Stage(LabelGatesConfig, "gate.label", "stage 3 data: answers on a ladder of resolutions"),
     "train-gate": Stage(TrainGateConfig, "gate.train", "stage 3: the gate"),
+    "train-vision": Stage(
+        TrainVisionConfig, "vision.train", "VISOR: the decoder answers under configurations, one drawn for every step"
+    ),
+    "label-routes": Stage(
+        LabelRoutesConfig, "vision.label_routes", "VISOR's router, data: what each configuration answers"
+    ),
+    "train-router": Stage(TrainRouterConfig, "vision.train_router", "VISOR's router: which configuration will do"),
     "calibrate": Stage(CalibrateConfig, "calibration.calibrate", "thresholds and presets from held-out rows"),
 }
 

@@ -18,7 +18,7 @@ OURS = (PACKAGE, "hub_release")
 MAP = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # a line of the map: names in backquotes, a colon, what they are for
 ENTRY = re.compile(r"- ((?:`[^`]+`(?:, )?)+): \S")
-TRAINING_ENTRIES = 8
+TRAINING_ENTRIES = 9
 
 # imported modules by module
 Arrows = dict[str, set[str]]

@@ -83,7 +83,7 @@ SIGNATURES = {
         "pixel_values_videos=None, video_grid_thw=None, mm_token_type_ids=None, logits_to_keep=0, "
         "mm_encoder_outputs=None, second_per_grid_ts=None, region_targets=None, gate_targets=None, "
         "query_positions=None, source_images=None, source_boxes=None, zoom_boxes=None, cache=None, vision=None, "
-        "**kwargs)"
+        "route_targets=None, **kwargs)"
     ),
     "from_backbone": "(vlm, *, branch_layer, branch_depth=3, has_gate=True, zoom_config=None, **kwargs)",
     "from_pretrained": (
@@ -142,6 +142,8 @@ FIELDS = {
         "gate_loss",
         "region_logits",
         "gate_logits",
+        "route_loss",
+        "route_logits",
     ],
     "ZoomOptions": [
         "zoom",

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_model
-from tests.training.two_processes import RUNS, UNEVEN, train
+from tests.training.two_processes import RUNS, UNEVEN, model_of, train
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name, folder):
     both = load_file(folder / f"{name}.safetensors")
-    start = tiny_model(RUNS[name][0]).state_dict()
+    start = model_of(name).state_dict()
     assert any(not torch.equal(both[key], value) for key, value in start.items())
     if name in UNEVEN:
         assert all(bool(value.isfinite().all()) for value in both.values())

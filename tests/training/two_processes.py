@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
+from modeling_qzoom import QZoomForConditionalGeneration
 from tests.families import FAMILY
 from tests.tiny import Row, make_inputs, plain_inputs, tiny_model
 
 
 GRIDS = [(2, 3), (4, 4), (3, 5), (5, 2)]
 STEPS = 3
+VISOR = {"configurations": {"thin": "SSSRTR"}, "router": {"layer": 2, "choices": ["dense", "thin"]}}
 
 
 def rows_of(family: str, numbers: list[int]) -> dict:
@@ -56,6 +58,14 @@ def both(family: str, numbers: list[int]) -> dict:
     return {**region(family, numbers), **gate(family, numbers)}
 
 
+def sparse_labels(family: str, numbers: list[int]) -> dict:
+    return {**plain_labels(family, numbers), "vision": "thin"}
+
+
+def routes(family: str, numbers: list[int]) -> dict:
+    return {**plain_inputs(rows_of(family, numbers)), "route_targets": torch.tensor([x % 2 for x in numbers])}
+
+
 def scattered(family: str, numbers: list[int]) -> dict:
     """Either kind of target, some rows without, whole batches without."""
     inputs = plain_inputs(rows_of(family, numbers))
@@ -78,9 +88,18 @@ RUNS: dict[str, tuple[str, Callable[[str, list[int]], dict], dict]] = {
     "gate": ("qwen2_5_vl", gate, {}),
     "both": ("llava", both, {}),
     "scattered": ("qwen2_5_vl", scattered, {}),
+    "labels under a configuration": ("qwen3_vl", sparse_labels, {}),
+    "routes": ("qwen2_5_vl", routes, {}),
 }
 # there a process has fewer targets than another, so the mean over processes is not that over rows
 UNEVEN = ("scattered",)
+
+
+def model_of(name: str) -> QZoomForConditionalGeneration:
+    """The model that a run begins with; each has all that a pass may leave out."""
+    family = RUNS[name][0]
+    torch.manual_seed(0)
+    return tiny_model(family, visor=VISOR, crop_max_tokens=6 if FAMILY[family].has_budget else None)
 
 
 def train(name: str, batch_size: int) -> dict[str, torch.Tensor]:
@@ -104,7 +123,7 @@ def train(name: str, batch_size: int) -> dict[str, torch.Tensor]:
         ddp_backend="gloo" if "RANK" in os.environ else None,
         **options,
     )
-    model = tiny_model(family, crop_max_tokens=None if not FAMILY[family].has_budget else 6)
+    model = model_of(name)
     if not FAMILY[
         family
     ].has_budget:  # it never uses its tower's last layer, so that the plain VLM, too, needs it frozen

@@ -23,6 +23,39 @@ class _DrawnImage:
         return draw_page(self.seed, self.settings, self.kind, self.split).image
 
 
+QUESTIONS = ("fine", "coarse", "fine", "coarse")  # kinds of the questions about a page
+
+
+def page_rows(split: str, seed: int, number: int, pages: str = "plain") -> list[Row]:
+    """Rows about one page, whose questions all differ.
+
+    Args:
+        split: split that the page belongs to.
+        seed: seed of the pages; other seeds give other pages.
+        number: which of the seed's pages.
+        pages: name of the pages' settings, see `PAGE_SETTINGS`.
+
+    Raises:
+        ValueError: an unknown split, or settings that do not exist.
+    """
+    settings = named_settings(pages)
+    kinds, part = page_kinds(settings), split if pages == "plain" else f"{split}/{pages}"
+    # far above the seeds of evaluation rows, in case both use one split
+    page_seed = 10**15 + seed * 10**7 + number
+    kind = kinds[number % len(kinds)]
+    page = draw_page(page_seed, settings, kind, split)
+    rng = random.Random(f"rows/{split}/{page_seed}")
+    questions = {}
+    for question_kind in QUESTIONS:
+        question = ask_question(page, question_kind, rng)
+        questions[question.text] = question
+    name, image = f"{part.replace('/', '-')}-{page_seed}", _DrawnImage(split, page_seed, kind, settings)
+    return [
+        Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
+        for place, question in enumerate(questions.values())
+    ]
+
+
 def drawn_rows(split: str, count: int, seed: int, pages: str = "plain") -> Rows:
     """Rows about benchmark pages: every page with two questions about details and two that need none.
 
@@ -35,24 +68,10 @@ def drawn_rows(split: str, count: int, seed: int, pages: str = "plain") -> Rows:
     Raises:
         ValueError: an unknown split, or settings that do not exist.
     """
-    settings = named_settings(pages)
-    kinds, part = page_kinds(settings), split if pages == "plain" else f"{split}/{pages}"
+    part = split if pages == "plain" else f"{split}/{pages}"
     rows: list[Row] = []
     number = 0
     while len(rows) < count:
-        # far above the seeds of evaluation rows, in case both use one split
-        page_seed = 10**15 + seed * 10**7 + number
-        kind = kinds[number % len(kinds)]
+        rows += page_rows(split, seed, number, pages)
         number += 1
-        page = draw_page(page_seed, settings, kind, split)
-        rng = random.Random(f"rows/{split}/{page_seed}")
-        questions = {}
-        for question_kind in ("fine", "coarse", "fine", "coarse"):
-            question = ask_question(page, question_kind, rng)
-            questions[question.text] = question
-        for place, question in enumerate(questions.values()):
-            name = f"{part.replace('/', '-')}-{page_seed}"
-            image = _DrawnImage(split, page_seed, kind, settings)
-            row = Row(f"{name}-{place}", image, question.text, (question.answer,), name, question.box, question.kind)
-            rows.append(row)
     return Rows(rows[:count], f"drawn/{part}/{count}/{seed}")

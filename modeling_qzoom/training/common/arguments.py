@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ...asking.session import Session
-from .config import TrainConfig
+from .config import RunConfig
 from .run_folder import work_folder
 
 
@@ -56,7 +56,7 @@ def _precision(session: Session) -> dict[str, bool]:
     return {"fp16": dtype == torch.float16}
 
 
-def training_arguments(config: TrainConfig, session: Session, stage: dict[str, Any]) -> TrainingArguments:
+def training_arguments(config: RunConfig, session: Session, stage: dict[str, Any]) -> TrainingArguments:
     """Trainer's arguments: the paper's, the stage's over them, and the user's over both.
 
     Args:

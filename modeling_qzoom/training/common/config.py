@@ -39,16 +39,12 @@ class LabelConfig(ModelConfig, DataConfig):
 
 
 @dataclass
-class TrainConfig(ModelConfig):
-    """Training on labels."""
+class RunConfig(ModelConfig):
+    """A training run."""
 
-    labels: str = option("", "folder of the labels, as the labelling stage wrote them")
     output: str = option("", "folder of the finished checkpoint; Trainer's own checkpoints lie in its folder trainer")
     output_format: str = option(
         "full", "full, or addon (branches and adapters only; the only one for a 4-bit backbone)"
-    )
-    other_backbone: bool = option(
-        False, "accept labels that were made by another backbone, such as the same one in 16 bit"
     )
     seed: int = option(0, "seed of drawing, shuffling and initialisation")
     trainer: dict[str, Any] = option({}, "arguments of transformers.TrainingArguments that win over the stage's own")
@@ -57,3 +53,13 @@ class TrainConfig(ModelConfig):
         check_output_format(self.output_format)
         if self.load_in_4bit and self.output_format != "addon":
             raise ValueError("A 4-bit backbone is not written out: set output_format=addon.")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """Training on labels."""
+
+    labels: str = option("", "folder of the labels, as the labelling stage wrote them")
+    other_backbone: bool = option(
+        False, "accept labels that were made by another backbone, such as the same one in 16 bit"
+    )

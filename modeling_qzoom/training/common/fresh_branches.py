@@ -1,11 +1,13 @@
-"""Fresh branches: copies of the backbone's layers, one branch at a time, so that the other one stays as it is."""
+"""Fresh branches and routers, one at a time, so that the others stay as they are."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
 from ... import QZoomForConditionalGeneration
 from ...loading_qzoom import start_gate, start_region
+from ...visor_router_qzoom import visor_of
 from ...zoom_branches_qzoom import GateBranch
 
 
@@ -51,3 +53,20 @@ def check_gate(model: QZoomForConditionalGeneration) -> GateBranch:
 def reset_gate(model: QZoomForConditionalGeneration) -> None:
     """Start the gate from decoder layers K … K+T-1, and its head from small random weights (paper III-B)."""
     start_gate(check_gate(model), _layers(model), model.config.get_text_config().initializer_range)
+
+
+def reset_router(model: QZoomForConditionalGeneration, router: dict[str, Any]) -> None:
+    """Give the model a fresh router of VISOR, in place of its own where it has one.
+
+    Args:
+        router: its layer and choices, as `QZoomConfig.visor` has them.
+
+    Raises:
+        ValueError: the model has no such configurations, or they differ below the layer.
+    """
+    config, embedding = model.config, next(model.get_input_embeddings().parameters())
+    config.visor = {**(config.visor or {"configurations": {}}), "router": router}
+    config.check_fields()
+    fresh = visor_of(config, model.get_decoder())
+    assert fresh is not None
+    model.visor = fresh.to(embedding.device, embedding.dtype)

@@ -55,8 +55,10 @@ def describe_options(kind: type) -> str:
         kind: dataclass of the stage's options.
     """
     parts = []
+    shown: set[str] = set()
     for group in kind.__mro__:
-        names = list(inspect.get_annotations(group))
+        names = [name for name in inspect.get_annotations(group) if name not in shown]
+        shown.update(names)
         if dataclasses.is_dataclass(group) and names:
             title = (group.__doc__ or "").split("\n")[0]
             parts.append("\n".join([title, *_lines(group, names)]))

@@ -1,4 +1,4 @@
-"""Trains a stage: from its labels to a finished checkpoint."""
+"""Trains a stage: from its labels or rows to a finished checkpoint."""
 
 import functools
 from typing import Any
@@ -11,14 +11,13 @@ from transformers import set_seed
 from ...asking.session import Session, open_session, save_session
 from ...loading_lora_qzoom import has_unmerged_lora
 from .arguments import training_arguments
-from .labelled import Labelled
 from .run_folder import RunFolder
 from .stage import TrainStage
 from .trainer import StageTrainer, hold_trainable, load_trained
 
 
 def train(stage: TrainStage[Any, Any]) -> None:
-    """Train parts of a model on labels, and write the finished checkpoint to the stage's `output`.
+    """Train parts of a model on what the stage opens, and write the finished checkpoint to the stage's `output`.
 
     A run that was stopped goes on from its newest checkpoint; one that is finished is left as it is.
 
@@ -33,8 +32,8 @@ def train(stage: TrainStage[Any, Any]) -> None:
     if folder.is_finished():
         return
     stage.check()
-    labelled = Labelled.open(config, stage.labels, stage.record)
-    session, dataset = labelled.session, stage.dataset(labelled)
+    material = stage.open()
+    session, dataset = material.session, stage.dataset(material)
     if config.output_format == "full" and has_unmerged_lora(session.model):
         raise ValueError(
             f"model={config.model} carries an unmerged LoRA adapter, for which a full checkpoint has no place: set "
@@ -44,11 +43,12 @@ def train(stage: TrainStage[Any, Any]) -> None:
     set_seed(config.seed)
     parts = list(stage.parts(session))  # what it refuses leaves no trace in the output folder
     with PartialState().main_process_first():
-        folder.begin(labelled.backbone)
+        folder.begin(material.backbone)
     types = hold_trainable(session.model, parts)
     had_cache = getattr(session.model.config, "use_cache", None)
     collate = functools.partial(stage.collate, pad_token_id=session.processor.tokenizer.pad_token_id)
-    trainer = StageTrainer(session.model, arguments, dataset, collate, stage.measure)
+    at_step = functools.partial(stage.at_step, session)
+    trainer = StageTrainer(session.model, arguments, dataset, collate, stage.measure, at_step)
     trainer.train(resume_from_checkpoint=folder.resume_from())
 
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ...data.files import damage_of, read_json, write_json
 from ...saving_qzoom import ADDON, FULL, check_target
-from .config import TrainConfig
+from .config import RunConfig
 from .trainer import WEIGHTS
 
 
@@ -29,7 +29,7 @@ _FREE = (
 )
 
 
-def work_folder(config: TrainConfig) -> Path:
+def work_folder(config: RunConfig) -> Path:
     """Where Trainer keeps its checkpoints and logs."""
     return Path(config.output) / "trainer"
 
@@ -63,7 +63,7 @@ class RunFolder:
         stage: name of the stage.
     """
 
-    def __init__(self, config: TrainConfig, stage: str) -> None:
+    def __init__(self, config: RunConfig, stage: str) -> None:
         self.config, self.stage, self.path = config, stage, work_folder(config) / RECORD
 
     def _options(self) -> dict[str, Any]:

@@ -2,28 +2,41 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import nn
 from torch.utils.data import Dataset
 
 from ...asking.session import Session
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .labelled import Labelled
 from .trainer import Counts
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+class Opened(Protocol):
+    """A model that is to be trained, beside whatever it is trained on."""
+
+    @property
+    def session(self) -> Session:
+        """The model with its processor."""
+
+    @property
+    def backbone(self) -> str:
+        """Fingerprint of the model's backbone."""
+
+
+Config = TypeVar("Config", bound=RunConfig)
+LabelledConfig = TypeVar("LabelledConfig", bound=TrainConfig)
+Material = TypeVar("Material", bound=Opened)
 Record = TypeVar("Record")
 Parts = Iterable[nn.Module | nn.Parameter]
 
 
-class TrainStage(ABC, Generic[Config, Record]):
+class TrainStage(ABC, Generic[Config, Material]):
     """A training stage under its options.
 
     Attributes:
         name: name of the stage.
-        labels: name of the stage that makes its labels.
         config: options of the stage.
 
     Args:
@@ -31,21 +44,24 @@ class TrainStage(ABC, Generic[Config, Record]):
     """
 
     name: ClassVar[str]
-    labels: ClassVar[str]
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     @abstractmethod
-    def record(self, row: dict[str, Any]) -> Record:
-        """The record of a label by column."""
+    def open(self) -> Material:
+        """What training begins with: the model, and what it is trained on.
+
+        Raises:
+            ValueError: something is missing, or does not belong together.
+        """
 
     @abstractmethod
-    def dataset(self, labelled: Labelled[Record]) -> Dataset[dict[str, Any]]:
+    def dataset(self, material: Material) -> Dataset[dict[str, Any]]:
         """What is trained on; asked for `Key`s.
 
         Raises:
-            ValueError: the labels hold nothing to train on.
+            ValueError: it holds nothing to train on.
         """
 
     @abstractmethod
@@ -73,9 +89,30 @@ class TrainStage(ABC, Generic[Config, Record]):
         """The stage's own defaults of `TrainingArguments`."""
         return {}
 
+    def at_step(self, session: Session, step: int) -> dict[str, Any]:
+        """Keywords of `forward` that depend on model and step of the optimiser alone: the same in every process."""
+        return {}
+
     def measure(self, batch: dict[str, Any]) -> Counts:
         """What to log about a batch besides the loss."""
         return {}
 
     def finish(self, session: Session) -> None:
         """What happens to the model between the last step and saving, such as merging adapters."""
+
+
+class LabelledStage(TrainStage[LabelledConfig, Labelled[Record]]):
+    """A training stage on labels.
+
+    Attributes:
+        labels: name of the stage that makes them.
+    """
+
+    labels: ClassVar[str]
+
+    @abstractmethod
+    def record(self, row: dict[str, Any]) -> Record:
+        """The record of a label by column."""
+
+    def open(self) -> Labelled[Record]:
+        return Labelled.open(self.config, self.labels, self.record)

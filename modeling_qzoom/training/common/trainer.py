@@ -115,6 +115,7 @@ class StageTrainer(Trainer):
         dataset: map-style; asked for `Key`s.
         collate: makes of its items a batch, which is `forward`'s keywords.
         measure: what to log about a batch besides the loss.
+        at_step: keywords of `forward` at an optimiser's step, beside the batch's.
     """
 
     def __init__(
@@ -124,9 +125,10 @@ class StageTrainer(Trainer):
         dataset: Dataset[Any],
         collate: Callable[[list[Any]], dict[str, Any]],
         measure: Callable[[dict[str, Any]], Counts],
+        at_step: Callable[[int], dict[str, Any]] = lambda step: {},
     ) -> None:
         self._order = EpochOrder(len(cast(Sized, dataset)), args.seed, args.train_sampling_strategy != "sequential")
-        self._measure = measure
+        self._measure, self._at_step = measure, at_step
         self._totals: dict[str, tuple[float, float]] = {}
         self._frozen = [
             part for part in model.modules() if not any(weight.requires_grad for weight in part.parameters())
@@ -155,6 +157,7 @@ class StageTrainer(Trainer):
         """As Trainer's; parts without a trained weight run as at inference."""
         for part in self._frozen:
             part.training = False
+        inputs = {**inputs, **self._at_step(self.state.global_step)}
         for name, (value, base) in self._measure(inputs).items():
             total, bases = self._totals.get(name, (0.0, 0.0))
             self._totals[name] = (total + value, bases + base)

@@ -7,7 +7,7 @@ from ...asking.session import Session
 from ..common.fresh_branches import check_gate, reset_gate
 from ..common.labelled import Labelled
 from ..common.run import train
-from ..common.stage import Parts, TrainStage
+from ..common.stage import LabelledStage, Parts
 from ..common.trainer import Counts
 from .config import TrainGateConfig
 from .record import GateRecord
@@ -15,7 +15,7 @@ from .rule import check_draws, coarse_rung, select_rows
 from .samples import GateDataset, collate_gates, measure_gates
 
 
-class GateStage(TrainStage[TrainGateConfig, GateRecord]):
+class GateStage(LabelledStage[TrainGateConfig, GateRecord]):
     """Stage 3: the gate on the labels of `label-gates`."""
 
     name, labels = "train-gate", "label-gates"

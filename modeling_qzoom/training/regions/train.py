@@ -8,7 +8,7 @@ from ...asking.session import Session
 from ..common.fresh_branches import reset_region
 from ..common.labelled import Labelled
 from ..common.run import train
-from ..common.stage import Parts, TrainStage
+from ..common.stage import LabelledStage, Parts
 from ..common.trainer import Counts
 from .config import TrainRegionsConfig
 from .record import RegionRecord
@@ -18,7 +18,7 @@ from .samples import RegionDataset, collate_regions, measure_regions, right_reco
 logger = logging.getLogger(__name__)
 
 
-class RegionStage(TrainStage[TrainRegionsConfig, RegionRecord]):
+class RegionStage(LabelledStage[TrainRegionsConfig, RegionRecord]):
     """Stage 1: the region branch on the labels of `label-regions`."""
 
     name, labels = "train-regions", "label-regions"

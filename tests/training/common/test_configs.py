@@ -10,6 +10,7 @@ from modeling_qzoom.asking.session import Session
 from modeling_qzoom.training.__main__ import STAGES
 from modeling_qzoom.training.common.arguments import training_arguments
 from modeling_qzoom.training.common.config_files import load_config
+from modeling_qzoom.visor_configurations_qzoom import check_router, check_visor
 from tests.tiny import tiny_model
 
 
@@ -21,6 +22,7 @@ PUBLISHED = {
     "qwen3_vl_4b": ("Qwen/Qwen3-VL-4B-Instruct", 24, 3),
     "llava_1_5_7b": ("llava-hf/llava-1.5-7b-hf", 15, 3),
 }
+LAYERS = {"qwen2_5_vl_3b": 36, "qwen2_5_vl_7b": 28, "qwen3_vl_4b": 36, "llava_1_5_7b": 32}
 REFIT = "-2.5"
 
 
@@ -64,6 +66,18 @@ def test_stages_take_what_earlier_ones_write(family):
             assert config.output not in written
             written.add(config.output)
     assert len({config.prompt_suffix for name, config in found.items() if name != "find-heads"}) == 1
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_configurations_of_vision_have_a_letter_a_layer_and_leave_a_place_for_the_router(family):
+    found = configs(family)
+    visor = {
+        "configurations": found["train-vision"].add_configurations,
+        "router": {"layer": found["train-router"].layer, "choices": ["dense", "upper", "half", "quarter", "sparse"]},
+    }
+    check_visor(visor, LAYERS[family])
+    check_router(visor, LAYERS[family])
+    assert len(visor["configurations"]) == 4
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -11,7 +11,8 @@ from modeling_qzoom import QZoomForConditionalGeneration
 from modeling_qzoom.asking.config import ModelConfig
 from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.rows import Row
-from modeling_qzoom.training.common import labelled
+from modeling_qzoom.training.common import decoder, labelled
+from modeling_qzoom.training.common.answer_inputs import stack_answers, target_texts
 from modeling_qzoom.training.common.label_store import read_labels
 from modeling_qzoom.training.fusion import train as train_fusion
 from modeling_qzoom.training.fusion.config import TrainFusionConfig
@@ -19,9 +20,7 @@ from modeling_qzoom.training.fusion.record import FusionRecord
 from modeling_qzoom.training.fusion.samples import (
     FusionSamples,
     choose_records,
-    collate_fusion,
     random_box,
-    target_texts,
 )
 from modeling_qzoom.training.regions import train as train_regions
 from modeling_qzoom.training.regions.config import TrainRegionsConfig
@@ -88,7 +87,7 @@ def samples_of(settings: TrainFusionConfig) -> FusionSamples:
 
 @torch.no_grad()
 def loss_of(model, samples: FusionSamples) -> float:
-    batch = collate_fusion([samples[0, n] for n in range(len(samples))], samples.processor.tokenizer.pad_token_id)
+    batch = stack_answers([samples[0, n] for n in range(len(samples))], samples.processor.tokenizer.pad_token_id)
     return float(model(**batch).loss)
 
 
@@ -218,7 +217,7 @@ def test_a_batch_is_padded_on_the_left(qwen):
     samples = samples_of(config(qwen, Path("unused")))
     samples.records[1] = dataclasses.replace(samples.records[1], plain="a much longer answer than the others")
     parts = [samples[0, n] for n in range(3)]
-    batch = collate_fusion(parts, samples.processor.tokenizer.pad_token_id)
+    batch = stack_answers(parts, samples.processor.tokenizer.pad_token_id)
     for row, part in enumerate(parts):
         length = part["input_ids"].shape[1]
         for name, filler in (("input_ids", samples.processor.tokenizer.pad_token_id), ("labels", -100)):
@@ -230,7 +229,7 @@ def test_a_batch_is_padded_on_the_left(qwen):
         together = float(model(**batch).loss)
         pad = samples.processor.tokenizer.pad_token_id
         alone = [
-            (float(model(**collate_fusion([part], pad)).loss), int((part["labels"] != -100).sum())) for part in parts
+            (float(model(**stack_answers([part], pad)).loss), int((part["labels"] != -100).sum())) for part in parts
         ]
     assert together == pytest.approx(sum(loss * n for loss, n in alone) / sum(n for _, n in alone), abs=1e-4)
 
@@ -287,7 +286,7 @@ def test_fewer_anchors_than_wanted(caplog):
 
 
 def test_a_peft_that_is_too_old_is_named_before_anything_is_loaded(qwen, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(train_fusion, "MIN_PEFT_VERSION", "99.5")
+    monkeypatch.setattr(decoder, "MIN_PEFT_VERSION", "99.5")
     monkeypatch.setattr(labelled, "open_session", lambda config: pytest.fail("loaded"))
     with pytest.raises(ImportError, match=r"takes peft 99\.5 or newer, here is .* pip install 'qzoom\[train\]'"):
         train_fusion.run(config(qwen, tmp_path / "out", method="lora"))

@@ -11,6 +11,7 @@ from modeling_qzoom.asking.session import open_session
 from modeling_qzoom.data.config import DataConfig
 from modeling_qzoom.data.readers import load_rows
 from modeling_qzoom.training.common.label_store import read_labels
+from modeling_qzoom.training.common.verdicts import verdicts
 from modeling_qzoom.training.gate import label as label_gates
 from modeling_qzoom.training.gate.config import LabelGatesConfig
 from tests.processing_fixtures import noise
@@ -107,11 +108,11 @@ class Equal:
 def test_verdicts_ask_once_and_never_call_an_empty_reply_right(tmp_path) -> None:
     rows = list(load_rows(DataConfig(data=write_data(tmp_path / "data", images=1))))
     judge = Equal()
-    found = label_gates.verdicts(judge, rows, [("0",), ("1",)], [["0", "", "0"], ["x", "1", ""]])
+    found = verdicts(judge, rows, [("0",), ("1",)], [["0", "", "0"], ["x", "1", ""]])
     assert found == [[True, False, True], [False, True, False]]
     assert sorted(judge.asked) == [("what is 0?", "0"), ("what is 1?", "1"), ("what is 1?", "x")]
     # an empty consensus agrees with nothing, and a row without annotation gets nothing right
-    assert label_gates.verdicts(judge, rows, [("",), ()], [["", "a"], ["b", ""]]) == [[False] * 2] * 2
+    assert verdicts(judge, rows, [("",), ()], [["", "a"], ["b", ""]]) == [[False] * 2] * 2
 
 
 def test_rows_without_annotation_have_no_verdicts(single, tmp_path) -> None:

@@ -1,0 +1,1 @@
+"""VISOR: the decoder under its configurations, and the router among them."""
