@@ -38,7 +38,7 @@ class View:
 def fit_grid(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
     """Merged grid (h, w) that an image of this size gets under a token budget, by the library's own rule."""
     grid = NativeGrid(PATCH, MERGE, TEMPORAL_PATCH)
-    return grid.crop_tokens(grid.crop_size(height, width, min_tokens, max_tokens))
+    return grid.crop_tokens(grid.crop_size(height, width, min_tokens * TOKEN**2, max_tokens * TOKEN**2))
 
 
 def to_patches(image: Image.Image, grid: tuple[int, int], box: Rectangle) -> Tensor:
