@@ -154,7 +154,8 @@ def test_maps_below_a_minimum_are_answered_from_the_coarse_view(family, name):
     zoomed = report_of(model, inputs, **always(), **{name: reached * 0.999})
     assert zoomed.zoomed and zoomed.empty_rule is None
     settings = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
-    output = model.generate(**inputs, **always(), **{name: reached * 1.001}, return_zoom_reports=True, **settings)
+    options = always(skip_unread=False, return_zoom_reports=True, **{name: reached * 1.001})
+    output = model.generate(**inputs, **options, **settings)
     report = output.zoom_reports[0]
     assert (report.reason, report.empty_rule, report.zoomed, report.box) == ("empty_map", name, False, None)
     assert name in str(report)  # the caption says what to lower
