@@ -24,7 +24,7 @@ from tests.tiny import tiny_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modeling_qzoom"
-EXTRAS = {"serve", "stages", "train", "quantize", "flash-attn", "docs", "dev"}
+EXTRAS = {"serve", "stages", "pages", "witness", "train", "quantize", "flash-attn", "docs", "dev"}
 # what a user without extras gets besides what these bring along
 CORE = {"torch", "transformers", "huggingface-hub", "safetensors", "accelerate", "numpy", "pillow"}
 CHILD = """

@@ -62,6 +62,7 @@ def test_the_cache_is_as_long_as_the_call_needs():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.compile's own, while it is imported
 @pytest.mark.parametrize("keep_share", [1.0, 0.25])
 def test_a_compiled_step_answers_as_a_plain_one(keep_share):
     inputs, options = mixed("qwen2_5_vl")
