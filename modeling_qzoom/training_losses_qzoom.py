@@ -142,17 +142,7 @@ def branch_pass(
     queries = query_positions.clamp(min=0)
     result: dict[str, Any] = {}
     if gate_targets is not None:
-        if model.zoom.gate is None:
-            raise UnsupportedError("gate_targets were given, but this model has no gate (config.has_gate is False).")
-        gate_targets = _as_numbers(gate_targets)
-        if gate_targets.shape != input_ids.shape[:1]:
-            raise InputError(
-                f"gate_targets must be one number per row, ({len(input_ids)},), got shape {tuple(gate_targets.shape)}."
-            )
-        logits = gate_logits(model, _branch_options(model), view, list(range(len(input_ids))), queries[:, :1])
-        result["gate_logits"] = logits
-        answered = gate_targets.to(logits.device).masked_fill(absent[:, 0].to(logits.device), IGNORED)
-        result["gate_loss"] = masked_bce(logits, answered)
+        result |= _gate_results(model, view, gate_targets, queries[:, :1], absent[:, 0])
     if region_targets is not None:
         if len(region_targets) != len(input_ids):
             raise InputError(f"region_targets has {len(region_targets)} rows, the batch {len(input_ids)}.")
@@ -185,6 +175,25 @@ def branch_pass(
         result[name] = with_unused(result[name], unused)
     result["loss"] = sum(result[name] for name in losses)
     return result
+
+
+def _gate_results(
+    model: ZoomModel, view: CoarseView, gate_targets: Any, queries: Tensor, absent: Tensor
+) -> dict[str, Any]:
+    """Logits and loss of the gate.
+
+    Args:
+        queries: (B, 1) columns of the asking tokens.
+        absent: (B,) bool, rows in which nothing asks.
+    """
+    if model.zoom.gate is None:
+        raise UnsupportedError("gate_targets were given, but this model has no gate (config.has_gate is False).")
+    targets, rows = _as_numbers(gate_targets), len(view.input_ids)
+    if targets.shape != (rows,):
+        raise InputError(f"gate_targets must be one number per row, ({rows},), got shape {tuple(targets.shape)}.")
+    logits = gate_logits(model, _branch_options(model), view, list(range(rows)), queries)
+    answered = targets.to(logits.device).masked_fill(absent.to(logits.device), IGNORED)
+    return {"gate_logits": logits, "gate_loss": masked_bce(logits, answered)}
 
 
 def _branch_options(model: ZoomModel) -> ZoomOptions:

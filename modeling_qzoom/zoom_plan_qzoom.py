@@ -71,27 +71,24 @@ def plan_zoom(
         page: a page that the prompts continue from, or one (or None) per row.
 
     Returns:
-        What the zooming prefill needs; None where the plain model answers.
+        What our prefill needs; None where the plain model answers.
 
     Raises:
         InputError: inputs that do not fit each other, or no sources for the images of a prompt.
-        UnsupportedError: a decoding feature that cannot go with zooming.
+        UnsupportedError: a decoding feature that cannot go with our prefill.
     """
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     refuse_zoomed_cache(cache)
     if input_ids is not None and embeds is None:
         check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
-    if isinstance(page, (list, tuple)) and all(entry is None for entry in page):
-        page = None
-    if page is not None and (input_ids is None or embeds is not None):
-        raise InputError("page: which tokens a prompt begins with is seen from input_ids only; pass them.")
+    page = _given_page(page, has_ids=input_ids is not None and embeds is None)
     sparse = _sparse_rows(model, options, input_ids, page)
     is_plain = options.zoom == "never" and page is None
     if is_plain and (not (options.skip_unread or sparse) or input_ids is None or embeds is not None):
         return None
+    if embeds is not None and input_ids is None:
+        refuse_hidden_images(kwargs, source_images)
     if input_ids is None:
-        if embeds is not None:
-            refuse_hidden_images(kwargs, source_images)
         check_padding(mask)
         return None
     if embeds is None:
@@ -110,12 +107,28 @@ def plan_zoom(
     refuse_learned_prompt(model)
     spans = check_prompt(model.config, input_ids, mask, kwargs)
     adapters = row_adapters(model, len(input_ids), _repeats(configs, kwargs))
-    options = _under_adapters(options, adapters)
-    request = ZoomRequest(options, spans, [], [], adapters, makes_cache=cache is None)
-    if options.zoom != "never":
-        sources = collect_sources(source_images, spans)
-        request = replace(request, sources=sources, grid_boxes=collect_grid_boxes(source_boxes, len(sources)))
+    request = ZoomRequest(_under_adapters(options, adapters), spans, [], [], adapters, makes_cache=cache is None)
+    request = request if options.zoom == "never" else _with_sources(request, source_images, source_boxes)
     return _with_beginnings(model, request, page, input_ids, mask, kwargs)
+
+
+def _with_sources(request: ZoomRequest, source_images: SourceInput | None, source_boxes: Any) -> ZoomRequest:
+    """The request with the images that crops are cut out of."""
+    sources = collect_sources(source_images, request.spans)
+    return replace(request, sources=sources, grid_boxes=collect_grid_boxes(source_boxes, len(sources)))
+
+
+def _given_page(page: Any, has_ids: bool) -> Any:
+    """The page of a call, or its list of pages; None where every entry is.
+
+    Raises:
+        InputError: a page without ids.
+    """
+    if isinstance(page, (list, tuple)) and all(entry is None for entry in page):
+        return None
+    if page is not None and not has_ids:
+        raise InputError("page: which tokens a prompt begins with is seen from input_ids only; pass them.")
+    return page
 
 
 def _sparse_rows(model: ZoomModel, options: ZoomOptions, input_ids: Any, page: Any) -> bool:
