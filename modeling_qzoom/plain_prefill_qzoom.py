@@ -9,15 +9,13 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone_adapters_qzoom import run_rows
 from .backbone_cache_qzoom import LayerMasks, pick_cache
-from .backbone_layers_qzoom import causal_mask
-from .rows_qzoom import Positions, pick
+from .rows_qzoom import Positions
 from .visor_configurations_qzoom import DENSE, SELF, by_row, is_routed, layer_kinds
 from .visor_plans_qzoom import Plans, answering_plan, frozen_tokens, layer_plans
-from .zoom_coarse_qzoom import CoarseView, lay_out, run_view
+from .zoom_coarse_qzoom import CoarseView, lay_out, pick_rows, rows_length, run_view
 from .zoom_decisions_qzoom import plain_reports
 from .zoom_model_qzoom import ZoomModel
-from .zoom_parts_qzoom import Part, merge_parts
-from .zoom_prefill_qzoom import Prefill
+from .zoom_parts_qzoom import Part, Prefill, merge_parts
 from .zoom_request_qzoom import ZoomRequest
 
 
@@ -64,12 +62,13 @@ def _run_rows(
     model: ZoomModel, request: ZoomRequest, view: CoarseView, rows: list[int], name: str
 ) -> Iterator[tuple[str, Part]]:
     """The rows of one configuration through all layers; with the router's choices, by choice."""
-    visor, cache = model.config.visor, DynamicCache(config=model.vlm.get_decoder().config)
-    view = _trimmed(model, view, rows, cache)
+    visor, decoder_config = model.config.visor, model.vlm.get_decoder().config
+    length = rows_length(view, rows)
+    view = pick_rows(model, view, rows, length, DynamicCache(config=decoder_config))
     if visor is None or not is_routed(visor, name):
         yield name, _finish(model, request, view, rows, _kinds(model, name), [])
         return
-    assert model.visor is not None
+    assert model.visor is not None and view.cache is not None
     layer, choices = visor["router"]["layer"], visor["router"]["choices"]
     frozen = frozen_tokens(model.config, view.input_ids, view.valid)
     done = layer_plans(_kinds(model, choices[0])[:layer], view.valid, frozen)
@@ -80,45 +79,8 @@ def _run_rows(
         chosen = [rows[place] for place in places]
         plans = [None if plan is None else plan.pick(places) for plan in done]
         with run_rows(request.adapters, chosen):
-            part = _picked(model, view, places)
+            part = pick_rows(model, view, places, length, pick_cache(decoder_config, view.cache, places))
             yield choices[choice], _finish(model, request, part, chosen, _kinds(model, choices[choice]), plans)
-
-
-def _trimmed(model: ZoomModel, view: CoarseView, rows: list[int], cache: DynamicCache) -> CoarseView:
-    """Rows of a view in front of layer 0, without the padding that only longer rows needed."""
-    valid = pick(view.valid, rows)
-    length = valid.shape[1] - int(valid.argmax(1).min())
-    valid, hidden = valid[:, -length:], pick(view.hidden, rows)[:, -length:]
-    cos, sin = (pick(table, rows)[:, -length:] for table in view.position_embeddings)
-    return replace(
-        view,
-        input_ids=pick(view.input_ids, rows)[:, -length:],
-        valid=valid,
-        positions=view.positions.pick(rows).last(length),
-        position_embeddings=(cos, sin),
-        mask=causal_mask(model.vlm.get_decoder(), hidden, valid, None),
-        deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
-        hidden=hidden,
-        cache=cache,
-    )
-
-
-def _picked(model: ZoomModel, view: CoarseView, rows: list[int]) -> CoarseView:
-    """Rows of a view between two layers, as long as they were."""
-    assert view.cache is not None
-    decoder, hidden, valid = model.vlm.get_decoder(), pick(view.hidden, rows), pick(view.valid, rows)
-    cos, sin = (pick(table, rows) for table in view.position_embeddings)
-    return replace(
-        view,
-        input_ids=pick(view.input_ids, rows),
-        valid=valid,
-        positions=view.positions.pick(rows),
-        position_embeddings=(cos, sin),
-        mask=causal_mask(decoder, hidden, valid, None),
-        deepstack=None if view.deepstack is None else view.deepstack.select(rows, valid.shape[1]),
-        hidden=hidden,
-        cache=pick_cache(decoder.config, view.cache, rows),
-    )
 
 
 def _finish(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone_cache_qzoom import take_last
 from .backbone_layers_qzoom import Mask, causal_mask, mask_behind, rotary, run_layers
 from .backbone_plans_qzoom import LayerPlan
 from .backbone_projections_qzoom import Rotary
@@ -167,19 +166,27 @@ def run_to_branch(model: ZoomModel, view: CoarseView) -> CoarseView:
     return replace(view, hidden=torch.cat([view.known.join(lambda page: page.hidden, hidden.device), hidden], dim=1))
 
 
-def pick_rows(model: ZoomModel, view: CoarseView, rows: list[int]) -> CoarseView:
-    """Some rows in front of layer K, in ascending order, without the padding that only longer rows needed."""
-    decoder = model.vlm.get_decoder()
+def rows_length(view: CoarseView, rows: list[int]) -> int:
+    """Columns of the longest of some rows, from its first token on; tokens hidden inside a prompt count."""
     valid = pick(view.valid, rows)
-    length = valid.shape[1] - int(valid.argmax(1).min())  # tokens hidden inside a prompt stay in place
-    valid, hidden = valid[:, -length:], pick(view.hidden, rows)[:, -length:]
+    return valid.shape[1] - int(valid.argmax(1).min())
+
+
+def pick_rows(model: ZoomModel, view: CoarseView, rows: list[int], length: int, cache: DynamicCache) -> CoarseView:
+    """The last columns of some rows, in ascending order, between two layers.
+
+    Args:
+        length: number of columns, at least `rows_length`.
+        cache: keys and values of these rows in the layers that have run.
+    """
+    decoder = model.vlm.get_decoder()
+    valid, hidden = pick(view.valid, rows)[:, -length:], pick(view.hidden, rows)[:, -length:]
     cos, sin = (pick(part, rows)[:, -length:] for part in view.position_embeddings)
     known = None if view.known is None else view.known.pick(rows).trim(view.valid.shape[1] - length)
     if known is None:
         mask = causal_mask(decoder, hidden, valid, None)
     else:
         mask = mask_behind(decoder.config, hidden[:, known.end :], valid, known.end)
-    assert view.cache is not None
     return CoarseView(
         pick(view.input_ids, rows)[:, -length:],
         valid=valid,
@@ -189,6 +196,6 @@ def pick_rows(model: ZoomModel, view: CoarseView, rows: list[int]) -> CoarseView
         embeds=pick(view.embeds, rows)[:, -length:],
         deepstack=None if view.deepstack is None else view.deepstack.select(rows, length),
         hidden=hidden,
-        cache=take_last(decoder.config, view.cache, model.config.branch_layer, rows, length),
+        cache=cache,
         known=known,
     )

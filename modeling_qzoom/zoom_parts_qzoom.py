@@ -8,7 +8,23 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone_cache_qzoom import LayerMasks, layer_states, set_layer_states
 from .rows_qzoom import Positions, pad_left
-from .zoom_prefill_qzoom import Prefill
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A batch after all decoder layers.
+
+    Attributes:
+        last_hidden: (B, D) state of each row's last token, before the final norm.
+        mask: (B, M) of the rows' sequences, crops included; None where the prompts' own holds.
+        positions: positions of the same tokens; None where the prompts' own hold.
+        layer_masks: what the layers hold, where they hold different tokens.
+    """
+
+    last_hidden: Tensor
+    mask: Tensor | None = None
+    positions: Positions | None = None
+    layer_masks: LayerMasks | None = None
 
 
 @dataclass(frozen=True)

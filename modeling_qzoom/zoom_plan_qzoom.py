@@ -79,17 +79,16 @@ def plan_zoom(
     """
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     refuse_zoomed_cache(cache)
-    if input_ids is not None and embeds is None:
+    has_ids = input_ids is not None and embeds is None
+    if has_ids:
         check_ids(input_ids, getattr(model.get_input_embeddings(), "num_embeddings", None))
-    page = _given_page(page, has_ids=input_ids is not None and embeds is None)
+    page = _given_page(page, has_ids)
     sparse = _sparse_rows(model, options, input_ids, page)
     is_plain = options.zoom == "never" and page is None
-    if is_plain and (not (options.skip_unread or sparse) or input_ids is None or embeds is not None):
+    if is_plain and not (has_ids and (options.skip_unread or sparse)):
         return None
-    if embeds is not None and input_ids is None:
-        refuse_hidden_images(kwargs, source_images)
     if input_ids is None:
-        check_padding(mask)
+        _check_without_ids(embeds, mask, source_images, kwargs)
         return None
     if embeds is None:
         mask = _checked_mask(input_ids, mask, 0 if cache is None else cache.get_seq_length(), kwargs, configs)
@@ -100,8 +99,7 @@ def plan_zoom(
     if has_images or not model.config.backbone.grid.has_budget:
         crop_recipe(model.config, options)  # refuses an impossible budget before anything runs
     if not has_images and page is None:
-        if source_images is not None:
-            collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
+        collect_sources(source_images, [[] for _ in input_ids])  # refuses images that no prompt mentions
         return None
     refuse_unsupported(args, configs, kwargs, _PLAIN if page is None else _WITHOUT_PAGE)
     refuse_learned_prompt(model)
@@ -110,6 +108,15 @@ def plan_zoom(
     request = ZoomRequest(_under_adapters(options, adapters), spans, [], [], adapters, makes_cache=cache is None)
     request = request if options.zoom == "never" else _with_sources(request, source_images, source_boxes)
     return _with_beginnings(model, request, page, input_ids, mask, kwargs)
+
+
+def _check_without_ids(
+    embeds: Tensor | None, mask: Tensor | None, source_images: SourceInput | None, kwargs: dict[str, Any]
+) -> None:
+    """Checks a call of embeddings, or of nothing, which the plain model answers."""
+    if embeds is not None:
+        refuse_hidden_images(kwargs, source_images)
+    check_padding(mask)
 
 
 def _with_sources(request: ZoomRequest, source_images: SourceInput | None, source_boxes: Any) -> ZoomRequest:

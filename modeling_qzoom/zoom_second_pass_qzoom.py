@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from .backbone_adapters_qzoom import run_rows
-from .backbone_cache_qzoom import take_columns
+from .backbone_cache_qzoom import LayerMasks, take_columns
 from .backbone_layers_qzoom import causal_mask, mask_behind, rotary, run_layers
 from .backbone_plans_qzoom import LayerPlan, last_of, last_token_plan
 from .prompt_qzoom import VisualFeatures
@@ -19,6 +19,7 @@ from .zoom_fusion_qzoom import FusedRow, PlacedCrop, fused_deepstack, fused_embe
 from .zoom_model_qzoom import ZoomModel
 from .zoom_page_reading_qzoom import with_upper
 from .zoom_pages_qzoom import Known
+from .zoom_parts_qzoom import Part
 from .zoom_request_qzoom import ZoomRequest
 
 
@@ -111,17 +112,14 @@ def _close_holes(
     return hidden, cache
 
 
-def fused_prefill(
-    model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]
-) -> tuple[Tensor, DynamicCache, Positions, Tensor, Tensor]:
+def fused_prefill(model: ZoomModel, request: ZoomRequest, view: CoarseView, crops: list[PlacedCrop]) -> Part:
     """Steps 6 and 7 on the b rows that zoom.
 
     Args:
         view: the coarse pass; its cache holds keys and values of layers [0, K) and is not changed.
 
     Returns:
-        (b, D) last hidden states before the final norm, the rows' cache, their positions, their (b, F) mask and the
-        (b, U) mask of the tokens that take part above layer K. Rows are left-padded to F, the longest fused sequence.
+        The rows after all layers, left-padded to the longest fused sequence. Above layer K they may hold fewer tokens.
     """
     decoder, layer_k = model.vlm.get_decoder(), model.config.branch_layer
     features = encode_crops(model.vlm, [placed.crop for placed in crops], view.embeds.device)
@@ -155,7 +153,9 @@ def fused_prefill(
             plans=plans,
             cached=mask[:, :start],
         )
-    return hidden[:, -1], cache, positions, mask, mask if plan is None else plan.mask
+    by_layer = tuple(int(layer >= layer_k) for layer in range(last))
+    layer_masks = None if plan is None else LayerMasks((mask, plan.mask), by_layer)
+    return Part([row.row for row in rows], hidden[:, -1], cache, positions, mask, layer_masks)
 
 
 def _known_in_front(known: Known, rows: list[FusedRow], length: int) -> Known:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from hub_release.official.format import LLAVA_VISION
 from modeling_qzoom import QZoomConfig, QZoomForConditionalGeneration
 from modeling_qzoom.zoom_options_qzoom import NEW_CHECKPOINT
 
@@ -126,16 +127,7 @@ _LLAVA_7B = {
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
+    "vision_config": LLAVA_VISION,
 }
 
 # of the memory table

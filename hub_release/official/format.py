@@ -29,7 +29,8 @@ _VLM_NAMES = [
 ]
 _OWN_KEYS = re.compile(r"^(twig_|roi_|high_res_|enable_twig|enable_high_res|reuse_src_pos|add_noise_to_roi|mm_config)")
 _MODEL_TYPES = {"llava_llama": "llava"}
-_LLAVA_VISION = {
+# what the published LLaVA-1.5 configurations leave to their defaults
+LLAVA_VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -153,7 +154,7 @@ def _llava_config(flat: dict[str, Any], base: dict[str, Any]) -> PreTrainedConfi
         "llava",
         text_config={**text, "model_type": "llama"},
         # the original config only names the tower, always CLIP-L at 336 pixels
-        vision_config={**_LLAVA_VISION, **base.get("vision_config", flat.get("vision_config", {}))},
+        vision_config={**LLAVA_VISION, **base.get("vision_config", flat.get("vision_config", {}))},
         image_token_id=base.get("image_token_index", base.get("image_token_id", _LLAVA_IMAGE_TOKEN)),
         vision_feature_layer=flat.get("mm_vision_select_layer", -2),
         tie_word_embeddings=flat.get("tie_word_embeddings", False),

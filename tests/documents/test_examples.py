@@ -26,7 +26,7 @@ EXAMPLES = ROOT / "examples"
 CHECKPOINT = ROOT / "hub_release" / "checkpoints" / "qzoom-demo"
 QUESTIONS = [item["question"] for item in json.loads((EXAMPLES / "assets" / "page.json").read_text())["questions"]]
 needs_parquet = pytest.mark.skipif(
-    find_spec("pyarrow") is None, reason="neither the extra 'train' nor 'stages' is installed"
+    find_spec("pyarrow") is None, reason="label and answer files are parquet: install the extra 'stages' (or 'train')"
 )
 
 

@@ -130,7 +130,7 @@ def test_names_that_are_no_text_and_answers_below_the_images(run, tmp_path) -> N
         try:
             Path(os.fsdecode(name)).write_bytes((images / "00.png").read_bytes())
         except OSError:
-            pytest.skip("this file system takes no such names")
+            pytest.skip("this file system refuses file names that are no UTF-8, so no user can have such a file here")
     Path(os.fsdecode(bad + b".jpg")).write_bytes(b"no image")
     output = images / "answers"
     assert "3 files, 0 done, 3 to do" in run("offline_batch", "--images", images, "--output", output)

@@ -298,7 +298,7 @@ def test_video_settings_are_kept(tmp_path):
     assert QZoomProcessor.from_backbone(plain).video_config == given
 
 
-@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+@pytest.mark.skipif(is_torchvision_available(), reason="with torchvision videos are read, not refused")
 def test_videos_without_torchvision():
     processor = qwen_processor()
     with pytest.raises(ImportError, match="Videos need torchvision"):

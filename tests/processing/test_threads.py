@@ -100,7 +100,7 @@ def test_copies_of_a_processor_in_use():
     assert processor.backbone_processor.tokenizer is processor.tokenizer
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork no process inherits a lock")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_forked_amid_a_call_can_work():
     processor, is_over = qwen_processor(), threading.Event()

@@ -1,9 +1,10 @@
 """What stages that train the decoder share: by LoRA or in full, and whether that can be written out."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import transformers
@@ -12,8 +13,10 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ... import QZoomForConditionalGeneration
+from ...asking.session import Session
 from ...data.options import option
 from ...loading_lora_qzoom import has_unmerged_lora
+from .answer_inputs import stack_answers
 from .config import RunConfig
 
 
@@ -69,6 +72,43 @@ class DecoderConfig(RunConfig):
         """Whether the adapter is merged in the end: unless told otherwise, where the whole model is written."""
         wish = self.output_format == "full" if self.merge is None else self.merge
         return wish and self.method == "lora"
+
+
+Config = TypeVar("Config", bound=DecoderConfig)
+
+
+class DecoderTraining(Generic[Config]):
+    """What stages that train the decoder have in common; stands in front of `TrainStage` among their bases.
+
+    Attributes:
+        config: options of the stage.
+        batch: its own batch sizes, as arguments of `TrainingArguments`.
+    """
+
+    config: Config
+    batch: ClassVar[dict[str, int]]
+
+    def check(self) -> None:
+        """Find out before anything is loaded that the method cannot be trained here.
+
+        Raises:
+            ImportError: peft is missing, or too old.
+        """
+        if self.config.method == "lora":
+            check_peft()
+
+    def collate(self, items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+        """A batch of prompts with their answers as `forward`'s keywords."""
+        return stack_answers(items, pad_token_id)
+
+    def defaults(self) -> dict[str, Any]:
+        """The method's learning rate and the stage's batch sizes."""
+        return {"learning_rate": LEARNING_RATE[self.config.method], **self.batch}
+
+    def finish(self, session: Session) -> None:
+        """Merges the adapter, where it is to be merged."""
+        if self.config.merges:
+            session.model.merge_lora()
 
 
 def decoder_projections(model: QZoomForConditionalGeneration) -> str:

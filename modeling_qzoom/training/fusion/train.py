@@ -3,12 +3,10 @@
 Vision tower, embeddings of the prompt, region branch and gate stay as they are.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from ...asking.session import Session
-from ..common.answer_inputs import stack_answers
-from ..common.decoder import LEARNING_RATE, add_lora, check_peft
+from ..common.decoder import DecoderTraining, add_lora
 from ..common.labelled import Labelled
 from ..common.run import train
 from ..common.stage import LabelledStage, Parts
@@ -17,20 +15,14 @@ from .record import FusionRecord
 from .samples import FusionSamples, choose_records
 
 
-_BATCH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64}
-
-
-class FusionStage(LabelledStage[TrainFusionConfig, FusionRecord]):
+class FusionStage(DecoderTraining[TrainFusionConfig], LabelledStage[TrainFusionConfig, FusionRecord]):
     """Stage 2: the decoder on the rows of `mine-fusion`."""
 
     name, labels = "train-fusion", "mine-fusion"
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64}
 
     def record(self, row: dict[str, Any]) -> FusionRecord:
         return FusionRecord.from_row(row)
-
-    def check(self) -> None:
-        if self.config.method == "lora":
-            check_peft()
 
     def dataset(self, labelled: Labelled[FusionRecord]) -> FusionSamples:
         records = choose_records(labelled.records, self.config.anchor_share, self.config.seed)
@@ -43,16 +35,6 @@ class FusionStage(LabelledStage[TrainFusionConfig, FusionRecord]):
         if self.config.method == "lora":
             return add_lora(session.model, self.config)
         return [session.model.get_decoder().layers, session.model.get_output_embeddings()]
-
-    def collate(self, items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-        return stack_answers(items, pad_token_id)
-
-    def defaults(self) -> dict[str, Any]:
-        return {"learning_rate": LEARNING_RATE[self.config.method], **_BATCH}
-
-    def finish(self, session: Session) -> None:
-        if self.config.merges:
-            session.model.merge_lora()
 
 
 def run(config: TrainFusionConfig) -> None:

@@ -5,13 +5,11 @@ branches stay as they are; the branches were trained on other states of layer K,
 train-gate) where rows are to be zoomed.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from ...asking.session import Session
-from ..common.answer_inputs import stack_answers
 from ..common.answered import Answered
-from ..common.decoder import LEARNING_RATE, add_lora, check_peft
+from ..common.decoder import DecoderTraining, add_lora
 from ..common.run import train
 from ..common.stage import Parts, TrainStage
 from .config import TrainVisionConfig
@@ -19,17 +17,11 @@ from .configurations import add_configurations, chosen_configurations, configura
 from .samples import AnswerSamples
 
 
-_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16}  # the paper's 128 rows a step
-
-
-class VisionStage(TrainStage[TrainVisionConfig, Answered]):
+class VisionStage(DecoderTraining[TrainVisionConfig], TrainStage[TrainVisionConfig, Answered]):
     """The decoder on rows with answers, under a configuration that changes from step to step."""
 
     name = "train-vision"
-
-    def check(self) -> None:
-        if self.config.method == "lora":
-            check_peft()
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16}  # the paper's 128 rows a step
 
     def open(self) -> Answered:
         return Answered.open(self.config)
@@ -48,16 +40,6 @@ class VisionStage(TrainStage[TrainVisionConfig, Answered]):
     def at_step(self, session: Session, step: int) -> dict[str, Any]:
         names = chosen_configurations(session.model.config, self.config.configurations)
         return {"vision": configuration_at(names, self.config.seed, step)}
-
-    def collate(self, items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-        return stack_answers(items, pad_token_id)
-
-    def defaults(self) -> dict[str, Any]:
-        return {"learning_rate": LEARNING_RATE[self.config.method], **_BATCH}
-
-    def finish(self, session: Session) -> None:
-        if self.config.merges:
-            session.model.merge_lora()
 
 
 def run(config: TrainVisionConfig) -> None:
